@@ -1,0 +1,15 @@
+"""AdaM3 for JAX: Adam with a third moment, as Optax gradient transformations.
+
+Replace `optax.adamw(1e-3)` by `adam3_optax.adam3w(1e-3)`; all else stays.
+
+This AdaM3 averages the cubed deviation of the gradient. It is not the AdaM³ of Wang et
+al. (arXiv 2106.11514), which averages m² and has no third moment.
+"""
+
+from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
+from adam3_optax._optimizers import adam3 as adam3
+from adam3_optax._optimizers import adam3w as adam3w
+from adam3_optax._transform import ScaleByAdam3State as ScaleByAdam3State
+from adam3_optax._transform import scale_by_adam3 as scale_by_adam3
+
+__version__ = "0.1.0"

@@ -1,0 +1,142 @@
+"""What users pass as hyperparameters: numbers, arrays and schedules, checked."""
+
+import functools
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam3_optax._rule import THIRD_MOMENTS, Scalar, ThirdMoment
+
+ScalarOrSchedule = jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], Any]
+Check = Callable[[str, jax.typing.ArrayLike], Scalar]
+
+
+class BlowUpWarning(UserWarning):
+    """The third moment outlives the second: see `docs/algorithm.md`, section 4.
+
+    After an isolated gradient s decays as b3ᵗ but sqrt(v) as b2^(t/2). Where
+    b3 > sqrt(b2), the cubic and stabilized forms then take steps of hundreds of
+    learning rates. Safe are b3 <= sqrt(b2), and the standardized form.
+    """
+
+
+def decay(name: str, value: jax.typing.ArrayLike) -> Scalar:
+    """Returns a checked decay rate, in [0, 1)."""
+    b = _exact(name, value)
+    if isinstance(b, float) and not 0.0 <= b < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {b}")
+    return b
+
+
+def epsilon(name: str, value: jax.typing.ArrayLike) -> Scalar:
+    """Returns a checked eps or eps_root, in [0, inf)."""
+    eps = _exact(name, value)
+    if isinstance(eps, float) and not 0.0 <= eps < math.inf:
+        raise ValueError(f"{name} must be in [0, inf), got {eps}")
+    return eps
+
+
+def finite(name: str, value: jax.typing.ArrayLike) -> Scalar:
+    """Returns a checked finite number."""
+    x = _scalar(name, value)
+    if isinstance(x, float) and not math.isfinite(x):
+        raise ValueError(f"{name} must be in (-inf, inf), got {x}")
+    return x
+
+
+def threshold(name: str, value: jax.typing.ArrayLike) -> Scalar:
+    """Returns a checked tau, in (0, inf]: infinity means no clip."""
+    x = _scalar(name, value)
+    if isinstance(x, float) and not x > 0.0:
+        raise ValueError(f"{name} must be in (0, inf], got {x}")
+    return x
+
+
+def scheduled(check: Check, name: str, value: ScalarOrSchedule) -> ScalarOrSchedule:
+    """Returns a schedule as it is, and all else checked."""
+    return value if callable(value) else check(name, value)
+
+
+def at(check: Check, name: str, value: ScalarOrSchedule, count: jax.Array) -> Scalar:
+    """Returns what `scheduled` returned, at the count before the step."""
+    return check(name, value(count) if callable(value) else value)
+
+
+def form(third_moment: ThirdMoment) -> ThirdMoment:
+    """Returns a checked name of a form of the third moment."""
+    if not isinstance(third_moment, str) or third_moment not in THIRD_MOMENTS:
+        allowed = ", ".join(map(repr, THIRD_MOMENTS))
+        raise ValueError(f"third_moment must be one of {allowed}, got {third_moment!r}")
+    return third_moment
+
+
+def warn_of_blow_up(
+    b2: Scalar, b3: Scalar, lam: ScalarOrSchedule, third_moment: ThirdMoment
+) -> None:
+    """Warns, once for each pair of decays, where s outlives sqrt(v)."""
+    known = isinstance(b2, float) and isinstance(b3, float)
+    off = isinstance(lam, float) and lam == 0
+    if known and not off and third_moment != "standardized":
+        # The margin keeps b3 = sqrt(b2), rounded to float32 on its way, silent.
+        if b3 * b3 > b2 * (1 + 1e-6):
+            _warn_once(b2, b3)
+
+
+@functools.cache
+def _warn_once(b2: float, b3: float) -> None:
+    # Cached, for `optax.inject_hyperparams` rebuilds the optimizer at every trace.
+    warnings.warn(
+        f"b3 = {b3:g} exceeds sqrt(b2) = {math.sqrt(b2):g}: the third moment outlives "
+        "the second, and an isolated gradient is followed by steps of hundreds of "
+        "learning rates. Use b3 <= sqrt(b2), or third_moment='standardized', which is "
+        "bounded.",
+        BlowUpWarning,
+        stacklevel=_frames_inside() + 1,
+    )
+
+
+def _frames_inside() -> int:
+    """Returns how many of the innermost frames belong to this package."""
+    inside = 0
+    frame = sys._getframe(1)
+    while frame and frame.f_globals.get("__package__") == __package__:
+        inside, frame = inside + 1, frame.f_back
+    return inside
+
+
+def _exact(name: str, value: jax.typing.ArrayLike) -> Scalar:
+    """Returns a scalar that half precision would ruin: .999 in bfloat16 is 1."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        if jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"{name} must be a Python number or an array of float32 or wider, got "
+                f"{dtype}, in which its value is already lost. With "
+                "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
+            )
+    return _scalar(name, value)
+
+
+def _scalar(name: str, value: jax.typing.ArrayLike) -> Scalar:
+    """Returns a Python float, or the traced scalar where there is no value yet."""
+    wanted = f"{name} must be a real number or a scalar array, got"
+    if callable(value):
+        raise TypeError(
+            f"{wanted} {value!r}. For a schedule of it, use optax.inject_hyperparams."
+        )
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | np.generic | np.ndarray | jax.Array
+    ):
+        raise TypeError(f"{wanted} {value!r}")
+    if np.shape(value) != ():
+        raise ValueError(f"{wanted} an array of shape {np.shape(value)}")
+    dtype = jnp.result_type(value)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{wanted} the type {dtype}")
+    return value if isinstance(value, jax.core.Tracer) else float(value)

@@ -1,0 +1,186 @@
+"""`adam3` and `adam3w`: AdaM3 chained with weight decay and a learning rate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam3_optax import _hyperparameters as hp
+from adam3_optax._rule import ThirdMoment
+from adam3_optax._transform import scale_by_adam3
+
+
+def adam3(
+    learning_rate: hp.ScalarOrSchedule = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.999,
+    lam: hp.ScalarOrSchedule = 0.01,
+    tau: hp.ScalarOrSchedule = 1.0,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    third_moment: ThirdMoment = "cubic",
+) -> optax.GradientTransformationExtraArgs:
+    """The AdaM3 optimizer: Adam with a third moment that shifts the momentum.
+
+    Its update is -learning_rate·u_t, with the u_t of `scale_by_adam3`, which describes
+    the arguments from `b1` on, the state, the errors and the warning.
+
+    Args:
+        learning_rate: A number, a scalar array, or a schedule: a function of the count
+            of steps before this one. The source recommends warm-up.
+        b1: See `scale_by_adam3`, also for those below.
+        b2: In [0, 1).
+        b3: In [0, 1).
+        lam: Weight of the skewness term.
+        tau: Its threshold.
+        eps: In [0, inf).
+        eps_root: In [0, inf).
+        third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
+
+    Returns:
+        A `GradientTransformationExtraArgs`. Updates have the gradients' type, whatever
+        the learning rate's: all is computed in float32 or wider, and rounded once.
+        What no optimizer can cure: added to a bfloat16 parameter, an update below 1/256
+        of it is lost. Keep float32 parameters, and cast them in the forward pass.
+
+    Example:
+        On the first step every element moves by the learning rate, as with Adam.
+
+        >>> import jax.numpy as jnp
+        >>> from adam3_optax import adam3
+        >>> optimizer = adam3(learning_rate=0.1)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
+        >>> bool(jnp.allclose(updates, jnp.array([-0.1, 0.1])))
+        True
+
+    Source:
+        `docs/algorithm.md`, section 1.
+    """
+    return _rounded_once(
+        optax.chain(
+            scale_by_adam3(
+                b1, b2, b3, lam, tau, eps, eps_root, third_moment=third_moment
+            ),
+            _scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def adam3w(
+    learning_rate: hp.ScalarOrSchedule = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.999,
+    lam: hp.ScalarOrSchedule = 0.01,
+    tau: hp.ScalarOrSchedule = 1.0,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    weight_decay: hp.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    third_moment: ThirdMoment = "cubic",
+) -> optax.GradientTransformationExtraArgs:
+    """`adam3` with decoupled weight decay, as `optax.adamw` is to `optax.adam`.
+
+    Its update is -learning_rate·(u_t + weight_decay·θ), with the u_t of
+    `scale_by_adam3`: the decay is multiplied by the learning rate.
+
+    Args:
+        learning_rate: A number, a scalar array, or a schedule, as in `adam3`.
+        b1: See `scale_by_adam3`, also for those below.
+        b2: In [0, 1).
+        b3: In [0, 1).
+        lam: Weight of the skewness term.
+        tau: Its threshold.
+        eps: In [0, inf).
+        eps_root: In [0, inf).
+        weight_decay: Any finite number, a scalar array, or a schedule.
+        mask: A tree of booleans like the parameters, or a prefix of it, or a function
+            that makes one from the parameters: True where to decay. None decays all.
+            Through `optax.inject_hyperparams`, name it in `static_args`, for a function
+            would be taken for a schedule there.
+        third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
+
+    Returns:
+        A `GradientTransformationExtraArgs`, whose `update` needs the parameters. Types
+        and the caution on bfloat16 parameters are as in `adam3`; the decay, too, is
+        computed in float32 and rounded with the rest.
+
+    Raises:
+        ValueError: As `scale_by_adam3`; at update, no parameters.
+        TypeError: As `scale_by_adam3`; a `mask` that arrives as a number.
+
+    Example:
+        Where the gradient is zero, only the decay acts.
+
+        >>> import jax.numpy as jnp
+        >>> from adam3_optax import adam3w
+        >>> optimizer = adam3w(learning_rate=0.1, weight_decay=0.5)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.zeros(2), state, params)
+        >>> bool(jnp.allclose(updates, -0.1 * 0.5 * params))
+        True
+
+    Source:
+        `docs/algorithm.md`, section 1; Loshchilov and Hutter, arXiv 1711.05101.
+    """
+    # A function of the parameters, mistaken for a schedule, arrives as its result.
+    if isinstance(mask, jax.typing.ArrayLike):
+        raise TypeError(
+            f"mask must be a tree of booleans or a function that makes one, got {mask}. "
+            "With optax.inject_hyperparams, pass static_args='mask'."
+        )
+    weight_decay = hp.scheduled(hp.finite, "weight_decay", weight_decay)
+    return _rounded_once(
+        optax.chain(
+            scale_by_adam3(
+                b1, b2, b3, lam, tau, eps, eps_root, third_moment=third_moment
+            ),
+            optax.add_decayed_weights(weight_decay, mask),
+            _scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def _scale_by_learning_rate(
+    learning_rate: hp.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+    """As Optax's, but the rate takes the updates' type instead of changing it."""
+    rate = hp.scheduled(hp.finite, "learning_rate", learning_rate)
+    if callable(rate):
+        return optax.scale_by_learning_rate(rate)
+    return optax.stateless_with_tree_map(lambda u, _: -jnp.asarray(rate, u.dtype) * u)
+
+
+def _rounded_once(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a chain in float32 or wider and casts its result to the gradients' type."""
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        wide, state = inner.update(_widen(updates), state, _widen(params), **extra_args)
+        return jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), wide, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _widen(tree: Any) -> Any:
+    """Returns float32 for narrower floating types, and all else as it is."""
+
+    def widen(x: Any) -> Any:
+        dtype = jnp.result_type(x)
+        narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return x.astype(jnp.float32) if narrow else x
+
+    return jax.tree.map(widen, tree)

@@ -1,0 +1,135 @@
+"""The mathematics of AdaM3 on one array: no trees, no storage, no Optax.
+
+Letters are those of `docs/algorithm.md`. Every function takes arrays that already have
+the type computed in (float32 or float64) and returns the same type.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+ThirdMoment = Literal["cubic", "stabilized", "standardized"]
+THIRD_MOMENTS: tuple[ThirdMoment, ...] = get_args(ThirdMoment)
+
+Scalar = float | jax.Array
+
+
+class Hyperparameters(NamedTuple):
+    """What the user chose: Python floats, or traced scalars."""
+
+    b1: Scalar
+    b2: Scalar
+    b3: Scalar
+    lam: Scalar
+    tau: Scalar
+    eps: Scalar
+    eps_root: Scalar
+
+
+class Coefficients(NamedTuple):
+    """The scalars of step t: a = 1 - b weighs the new value, c = 1 - bᵗ corrects."""
+
+    b1: Scalar
+    b2: Scalar
+    b3: Scalar
+    a1: Scalar
+    a2: Scalar
+    a3: Scalar
+    c1: Scalar
+    c2: Scalar
+    c3: Scalar
+    lam: Scalar
+    tau: Scalar
+    eps: Scalar
+    eps_root: Scalar
+
+
+def coefficients(
+    h: Hyperparameters, t: jax.Array, dtype: jax.typing.DTypeLike
+) -> Coefficients:
+    """Returns the scalars of step `t` (counted from 1) in the type computed in."""
+    # Python numbers stay as they are: 1 - b is then taken in double precision, before
+    # rounding, and XLA sees literals. At b = .99999, 1 - float32(b) is off by 1e-3.
+    b1, b2, b3, lam, tau, eps, eps_root = (
+        x if isinstance(x, float) else x.astype(dtype) for x in h
+    )
+    a1, a2, a3 = 1.0 - b1, 1.0 - b2, 1.0 - b3
+    time = t.astype(dtype)
+    # 1 - bᵗ = -expm1(t·log b) keeps the digits that the subtraction would lose.
+    c1, c2, c3 = (-jnp.expm1(time * jnp.log1p(-a)) for a in (a1, a2, a3))
+    return Coefficients(
+        b1, b2, b3, a1, a2, a3, c1, c2, c3, lam, tau, eps, eps_root
+    )  # fmt: skip
+
+
+def update_moments(
+    g: jax.Array,
+    m: jax.Array,
+    v: jax.Array,
+    s: jax.Array,
+    k: Coefficients,
+    third_moment: ThirdMoment,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns m_t, v_t, s_t from the gradient and the moments of step t - 1."""
+    m = k.a1 * g + k.b1 * m
+    v = k.a2 * _within(g, 1 / 2) ** 2 + k.b2 * v
+    # About the updated m_t, uncorrected, except in the standardized form: there d_1 = 0,
+    # so that the first steps do not pollute s.
+    d = g - (m / k.c1 if third_moment == "standardized" else m)
+    s = k.a3 * _third_power(d, k.eps, third_moment) + k.b3 * s
+    return m, v, s
+
+
+def skewness_term(
+    v: jax.Array, s: jax.Array, k: Coefficients, third_moment: ThirdMoment
+) -> jax.Array:
+    """Returns b_t, the shift of the bias-corrected momentum, in units of the update's
+    numerator."""
+    if third_moment != "standardized":
+        return k.lam * _clip(s, k.tau)
+    # lam·σ·clip(ŝ/σ³, -tau, tau) with σ = sqrt(v̂), free of scale. Where v̂ = 0 the term
+    # and its derivative are 0; the inner `where` keeps NaN out of the derivative.
+    v_hat = v / k.c2
+    seen = v_hat > 0
+    v_hat = jnp.where(seen, v_hat, 1.0)
+    return k.lam * jnp.where(seen, _clip(s / k.c3 / v_hat, k.tau, jnp.sqrt(v_hat)), 0.0)
+
+
+def direction(
+    m: jax.Array,
+    v: jax.Array,
+    s: jax.Array,
+    k: Coefficients,
+    third_moment: ThirdMoment,
+) -> jax.Array:
+    """Returns u_t = (m̂ + b_t) / (sqrt(v̂ + eps_root) + eps)."""
+    b = skewness_term(v, s, k, third_moment)
+    return (m / k.c1 + b) / (jnp.sqrt(v / k.c2 + k.eps_root) + k.eps)
+
+
+def _third_power(d: jax.Array, eps: Scalar, third_moment: ThirdMoment) -> jax.Array:
+    """Returns what s averages: d³, or sign(d)·(|d| + eps)^(3/2)."""
+    if third_moment != "stabilized":
+        return _within(d, 1 / 3) ** 3
+    # a·sqrt(a), for a general power is several times slower. The `where` defines the
+    # derivative at d = 0 as 0, also with eps = 0.
+    a = jnp.where(d == 0, 1.0, jnp.abs(_within(d, 2 / 3)) + eps)
+    return jnp.sign(d) * (a * jnp.sqrt(a))
+
+
+def _within(x: jax.Array, root: float) -> jax.Array:
+    """Clips to half of max^root, so that x^(1/root) and its averages stay finite.
+
+    Half, because max^(1/3) rounded to float32 already cubes to infinity, and because
+    the rounded weights b and 1 - b may add up to more than 1.
+    """
+    bound = float(jnp.finfo(x.dtype).max) ** root / 2
+    return jnp.clip(x, -bound, bound)
+
+
+def _clip(x: jax.Array, tau: Scalar, unit: Scalar = 1.0) -> jax.Array:
+    """Clips to ±tau units; an infinite tau means no clip."""
+    if isinstance(tau, float) and tau == float("inf"):
+        return x  # inf · 0 in the derivative of an unused bound would be NaN
+    return jnp.clip(x, -tau * unit, tau * unit)

@@ -1,0 +1,208 @@
+"""`scale_by_adam3`: the rule over trees, the count, and the types of state."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam3_optax import _hyperparameters as hp
+from adam3_optax import _rule
+from adam3_optax._rule import ThirdMoment
+
+
+class ScaleByAdam3State(NamedTuple):
+    """The state of AdaM3. Immutable; `update` returns a new one.
+
+    Attributes:
+        m: First moment: a tree like the parameters, of float32 (float64 for float64
+            parameters).
+        v: Second moment, likewise.
+        s: Third moment, likewise.
+        count: Steps taken: int32, of shape (). Stays at its maximum.
+    """
+
+    m: optax.Updates
+    v: optax.Updates
+    s: optax.Updates
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+
+
+def scale_by_adam3(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    b3: jax.typing.ArrayLike = 0.999,
+    lam: hp.ScalarOrSchedule = 0.01,
+    tau: hp.ScalarOrSchedule = 1.0,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    third_moment: ThirdMoment = "cubic",
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales gradients by AdaM3: Adam with a third moment that shifts the momentum.
+
+    Per element, with t counted from 1 and m = v = s = 0 before::
+
+        m_t = b1·m + (1-b1)·g
+        v_t = b2·v + (1-b2)·g²
+        s_t = b3·s + (1-b3)·(g - m_t)³
+        b_t = lam·clip(s_t, -tau, tau)
+        u_t = (m_t/(1-b1ᵗ) + b_t) / (sqrt(v_t/(1-b2ᵗ) + eps_root) + eps)
+
+    That is `"cubic"`. `"stabilized"` averages sign(d)·(|d| + eps)^(3/2), d = g - m_t, in
+    place of d³. `"standardized"` is free of scale: with d = g - m_t/(1-b1ᵗ),
+    ŝ = s_t/(1-b3ᵗ) and v̂ = v_t/(1-b2ᵗ) it has b_t = lam·sqrt(v̂)·clip(ŝ/v̂^(3/2), -tau,
+    tau), which is 0 where v̂ = 0 and moves u_t by at most lam·tau.
+
+    In the first two forms b_t carries units of g³ or g^(3/2), so rescaling the loss
+    changes the method; where gradients are small (|g| below about 1e-2) the cubic form
+    is Adam to rounding. With them keep b3 <= sqrt(b2): `BlowUpWarning` says why.
+
+    This is not the AdaM³ of Wang et al. (arXiv 2106.11514), which has no third moment.
+    There is no `nesterov`: the rule defines no look-ahead for its skewness term.
+
+    Args:
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        b3: Decay of the third moment, in [0, 1).
+        lam: Weight λ of the skewness term: any finite number; 0 makes it Adam. The
+            source recommends .001 to .1. A number, a scalar array or a schedule.
+        tau: Threshold τ, in (0, inf]; inf means no clip. In units of s (g³ or g^(3/2)),
+            or of skewness in the standardized form. A number, array or schedule.
+        eps: Added to the denominator and, in the stabilized form, to |d|; in [0, inf).
+            In units of g. With 0, an element that has had no gradient yet becomes NaN.
+        eps_root: Added under the root of the denominator alone; in [0, inf). In units
+            of g². Above 0, derivatives can be taken through steps at zero gradient.
+        third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
+
+    Returns:
+        A `GradientTransformationExtraArgs` with a `ScaleByAdam3State`. Arithmetic is in
+        float32 (float64 for float64) whatever the gradients' type; updates leave in the
+        gradients' type and shapes; the state keeps its own types. A None in the
+        gradients leaves its state as it is. Finite gradients keep the state finite.
+
+    Raises:
+        ValueError: A hyperparameter out of range, or an array of one narrower than
+            float32; at init, complex parameters; at update, gradients whose structure,
+            shapes or types do not fit.
+        TypeError: A hyperparameter that is no number.
+
+    Warns:
+        BlowUpWarning: In the first two forms, once, if b3 > sqrt(b2).
+
+    Example:
+        The first step of every form is the sign of the gradient, as Adam's; a rare large
+        gradient then pulls the update towards its side.
+
+        >>> import jax.numpy as jnp
+        >>> from adam3_optax import scale_by_adam3
+        >>> optimizer = scale_by_adam3(lam=0.1, third_moment="standardized")
+        >>> params = jnp.zeros(2)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([3.0, -1e-3]), state)
+        >>> bool(jnp.allclose(updates, jnp.array([1.0, -1.0])))
+        True
+        >>> for g in (-1.0, -1.0, 5.0, -1.0, -1.0, -1.0):
+        ...     updates, state = optimizer.update(jnp.array([g, -g]), state)
+        >>> float(state.s[0]) > 0 > float(state.s[1])
+        True
+
+    Source:
+        `docs/algorithm.md`, sections 1 to 3. Where the source document contradicts
+        itself, section 1 says what was chosen.
+    """
+    b1, b2, b3 = hp.decay("b1", b1), hp.decay("b2", b2), hp.decay("b3", b3)
+    eps, eps_root = hp.epsilon("eps", eps), hp.epsilon("eps_root", eps_root)
+    lam = hp.scheduled(hp.finite, "lam", lam)
+    tau = hp.scheduled(hp.threshold, "tau", tau)
+    third_moment = hp.form(third_moment)
+    hp.warn_of_blow_up(b2, b3, lam, third_moment)
+
+    def init(params: optax.Params) -> ScaleByAdam3State:
+        # Three trees of their own: one shared by m, v and s could not be donated.
+        m, v, s = (jax.tree.map_with_path(_zeros, params) for _ in range(3))
+        return ScaleByAdam3State(m, v, s, jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByAdam3State,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAdam3State]:
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+        lam_t = hp.at(hp.finite, "lam", lam, state.count)
+        tau_t = hp.at(hp.threshold, "tau", tau, state.count)
+        h = _rule.Hyperparameters(b1, b2, b3, lam_t, tau_t, eps, eps_root)
+
+        # Once a step and type, not once a leaf: compile time would be spent on it.
+        @functools.cache
+        def coefficients(dtype: jnp.dtype) -> _rule.Coefficients:
+            return _rule.coefficients(h, count, dtype)
+
+        def step(path: Any, g: Any, *moments: Any) -> tuple[Any, Any, Any, Any]:
+            if g is None:
+                return None, *moments
+            g = jnp.asarray(g)
+            _check_gradient(path, g, moments)
+            dtype = _computed_in(g, *moments)
+            k = coefficients(dtype)
+            m, v, s = _rule.update_moments(
+                g.astype(dtype), *(x.astype(dtype) for x in moments), k, third_moment
+            )
+            u = _rule.direction(m, v, s, k, third_moment)
+            new = (x.astype(old.dtype) for x, old in zip((m, v, s), moments))
+            return u.astype(g.dtype), *new
+
+        leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=_is_none)
+        paths, gradients = zip(*leaves) if leaves else ((), ())
+        moments = (_like(treedef, name, getattr(state, name)) for name in "mvs")
+        stepped = [step(*leaf) for leaf in zip(paths, gradients, *moments)]
+        u, m, v, s = (treedef.unflatten(x[i] for x in stepped) for i in range(4))
+        return u, ScaleByAdam3State(m, v, s, count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeros(path: Any, param: Any) -> jax.Array:
+    """Returns a moment at rest: strongly typed, sharded as the parameter is."""
+    if jnp.issubdtype(jnp.result_type(param), jnp.complexfloating):
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} is {jnp.result_type(param)}; AdaM3 "
+            "needs real parameters. Wrap the optimizer in "
+            "optax.contrib.split_real_and_imaginary."
+        )
+    return jnp.zeros_like(param, dtype=_computed_in(param))
+
+
+def _computed_in(*arrays: Any) -> jnp.dtype:
+    """Returns float64 if one of the arrays has it, else float32."""
+    wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _like(treedef: Any, name: str, moment: optax.Updates) -> list[Any]:
+    """Returns the leaves of a moment, in the order of the gradients'."""
+    try:
+        return treedef.flatten_up_to(moment)
+    except ValueError as error:
+        raise ValueError(
+            f"the gradients' tree does not fit the state's {name}; was the state made "
+            f"by init from other parameters? {error}"
+        ) from error
+
+
+def _check_gradient(path: Any, g: jax.Array, moments: tuple[Any, ...]) -> None:
+    where = f"updates{jax.tree_util.keystr(path)}"
+    if not jnp.issubdtype(g.dtype, jnp.floating):
+        raise ValueError(f"{where} must be of a real floating type, got {g.dtype}")
+    for name, x in zip("mvs", moments):
+        if jnp.shape(x) != g.shape:
+            raise ValueError(
+                f"{where} has shape {g.shape}, but the state's {name} {jnp.shape(x)}"
+            )
