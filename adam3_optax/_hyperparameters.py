@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import jax
@@ -80,12 +81,12 @@ def warn_of_blow_up(
     b2: Scalar, b3: Scalar, lam: ScalarOrSchedule, third_moment: ThirdMoment
 ) -> None:
     """Warns, once for each pair of decays, where s outlives sqrt(v)."""
+    if third_moment == "standardized" or (isinstance(lam, float) and lam == 0):
+        return
+    # The margin keeps b3 = sqrt(b2), rounded to float32 on its way here, silent.
     known = isinstance(b2, float) and isinstance(b3, float)
-    off = isinstance(lam, float) and lam == 0
-    if known and not off and third_moment != "standardized":
-        # The margin keeps b3 = sqrt(b2), rounded to float32 on its way, silent.
-        if b3 * b3 > b2 * (1 + 1e-6):
-            _warn_once(b2, b3)
+    if known and b3 * b3 > b2 * (1 + 1e-6):
+        _warn_once(b2, b3)
 
 
 @functools.cache
@@ -104,7 +105,7 @@ def _warn_once(b2: float, b3: float) -> None:
 def _frames_inside() -> int:
     """Returns how many of the innermost frames belong to this package."""
     inside = 0
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame and frame.f_globals.get("__package__") == __package__:
         inside, frame = inside + 1, frame.f_back
     return inside
@@ -112,15 +113,15 @@ def _frames_inside() -> int:
 
 def _exact(name: str, value: jax.typing.ArrayLike) -> Scalar:
     """Returns a scalar that half precision would ruin: .999 in bfloat16 is 1."""
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-        if jnp.finfo(dtype).bits < 32:
-            raise ValueError(
-                f"{name} must be a Python number or an array of float32 or wider, got "
-                f"{dtype}, in which its value is already lost. With "
-                "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
-            )
-    return _scalar(name, value)
+    x = _scalar(name, value)
+    dtype = jnp.result_type(value)
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{name} must be a Python number or an array of float32 or wider, got "
+            f"{dtype}, in which its value is already lost. With "
+            "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
+        )
+    return x
 
 
 def _scalar(name: str, value: jax.typing.ArrayLike) -> Scalar:

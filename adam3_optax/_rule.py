@@ -28,7 +28,7 @@ class Hyperparameters(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The scalars of step t: a = 1 - b weighs the new value, c = 1 - bᵗ corrects."""
+    """The scalars of step t: a = 1 - b weighs the new, c = 1/(1 - bᵗ) corrects."""
 
     b1: Scalar
     b2: Scalar
@@ -56,8 +56,9 @@ def coefficients(
     )
     a1, a2, a3 = 1.0 - b1, 1.0 - b2, 1.0 - b3
     time = t.astype(dtype)
-    # 1 - bᵗ = -expm1(t·log b) keeps the digits that the subtraction would lose.
-    c1, c2, c3 = (-jnp.expm1(time * jnp.log1p(-a)) for a in (a1, a2, a3))
+    # 1 - bᵗ = -expm1(t·log b) keeps the digits that the subtraction would lose. The
+    # reciprocal is taken here, for XLA takes it for some shapes and not for others.
+    c1, c2, c3 = (-1.0 / jnp.expm1(time * jnp.log1p(-a)) for a in (a1, a2, a3))
     return Coefficients(
         b1, b2, b3, a1, a2, a3, c1, c2, c3, lam, tau, eps, eps_root
     )  # fmt: skip
@@ -73,10 +74,13 @@ def update_moments(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns m_t, v_t, s_t from the gradient and the moments of step t - 1."""
     m = k.a1 * g + k.b1 * m
-    v = k.a2 * _within(g, 1 / 2) ** 2 + k.b2 * v
-    # About the updated m_t, uncorrected, except in the standardized form: there d_1 = 0,
-    # so that the first steps do not pollute s.
-    d = g - (m / k.c1 if third_moment == "standardized" else m)
+    # The minimum is that of g² clipped to `limit`. Clipping g itself would make the
+    # compiler fuse the sum in another order, and v differ from optax.adam's by an ulp.
+    limit = float(jnp.finfo(g.dtype).max) / 4
+    v = jnp.minimum(k.a2 * g**2 + k.b2 * v, k.a2 * limit + k.b2 * v)
+    # About the updated m_t, uncorrected; corrected in the standardized form, so that
+    # d_1 = 0 and the first steps do not pollute s.
+    d = g - (m * k.c1 if third_moment == "standardized" else m)
     s = k.a3 * _third_power(d, k.eps, third_moment) + k.b3 * s
     return m, v, s
 
@@ -84,16 +88,15 @@ def update_moments(
 def skewness_term(
     v: jax.Array, s: jax.Array, k: Coefficients, third_moment: ThirdMoment
 ) -> jax.Array:
-    """Returns b_t, the shift of the bias-corrected momentum, in units of the update's
-    numerator."""
+    """Returns b_t, which is added to the bias-corrected momentum."""
     if third_moment != "standardized":
         return k.lam * _clip(s, k.tau)
     # lam·σ·clip(ŝ/σ³, -tau, tau) with σ = sqrt(v̂), free of scale. Where v̂ = 0 the term
     # and its derivative are 0; the inner `where` keeps NaN out of the derivative.
-    v_hat = v / k.c2
+    v_hat = v * k.c2
     seen = v_hat > 0
     v_hat = jnp.where(seen, v_hat, 1.0)
-    return k.lam * jnp.where(seen, _clip(s / k.c3 / v_hat, k.tau, jnp.sqrt(v_hat)), 0.0)
+    return k.lam * jnp.where(seen, _clip(s * k.c3 / v_hat, k.tau, jnp.sqrt(v_hat)), 0.0)
 
 
 def direction(
@@ -105,7 +108,7 @@ def direction(
 ) -> jax.Array:
     """Returns u_t = (m̂ + b_t) / (sqrt(v̂ + eps_root) + eps)."""
     b = skewness_term(v, s, k, third_moment)
-    return (m / k.c1 + b) / (jnp.sqrt(v / k.c2 + k.eps_root) + k.eps)
+    return (m * k.c1 + b) / (jnp.sqrt(v * k.c2 + k.eps_root) + k.eps)
 
 
 def _third_power(d: jax.Array, eps: Scalar, third_moment: ThirdMoment) -> jax.Array:

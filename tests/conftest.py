@@ -1,0 +1,31 @@
+"""What every test runs under: strict promotion, eight CPU devices, x64 on request."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Our code must not lean on implicit promotion. Where Optax's or Flax's own code does,
+# the test takes `standard_promotion`.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile("adam3", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("adam3")
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """For tests that run others' code which mixes types or ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """For tests in double precision."""
+    with jax.enable_x64(True):
+        yield

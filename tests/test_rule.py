@@ -1,0 +1,358 @@
+"""The arithmetic: against a float64 reference, against Adam, by hand, by properties."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from adam3_optax import ScaleByAdam3State, scale_by_adam3
+from adam3_optax._rule import THIRD_MOMENTS, Hyperparameters, coefficients
+from tests import reference
+from tests.reference import Setting
+
+FORMS = pytest.mark.parametrize("third_moment", THIRD_MOMENTS)
+ULP = 2.0**-23
+
+SETTINGS = [
+    Setting(form, *rest)
+    for form in THIRD_MOMENTS
+    for rest in (
+        (),
+        (0.9, 0.95, 0.95, 0.1, 0.5),
+        (0.8, 0.99, 0.9, -0.3, 2.0, 1e-6, 1e-10),
+        (0.95, 0.9999, 0.999, 1.0, float("inf")),
+        (0.0, 0.5, 0.0, 0.01, 1.0),
+    )
+]
+
+
+def skewed_gradients(steps: int, size: int, seed: int = 0) -> Any:
+    """Heavy-tailed, skewed noise about a mean, spanning 1e-4 to 30 in scale."""
+    rng = np.random.default_rng(seed)
+    scale = np.geomspace(1e-4, 30.0, size)
+    noise = rng.exponential(size=(steps, size)) ** 1.5 * rng.choice([1, 1, 1, -1], size)
+    return scale * (noise - rng.normal(size=size)) + scale * rng.standard_t(
+        3, (steps, size)
+    )
+
+
+def make(h: Setting) -> optax.GradientTransformationExtraArgs:
+    return scale_by_adam3(*h[1:], third_moment=h.third_moment)  # type: ignore[arg-type]
+
+
+def run(
+    optimizer: optax.GradientTransformation, gradients: Any, dtype: Any = jnp.float32
+) -> tuple[Any, Any]:
+    """Returns the states and updates after each gradient, from a jitted step."""
+    gradients = jnp.asarray(gradients, dtype)
+    state = optimizer.init(gradients[0])
+    trail = []
+    for g in gradients:
+        u, state = step(optimizer, g, state)
+        trail.append((state, u))
+    return jax.tree.map(lambda *x: np.stack(x), *trail)
+
+
+@partial(jax.jit, static_argnums=0)
+def step(optimizer: Any, g: jax.Array, state: Any) -> Any:
+    return optimizer.update(g, state)
+
+
+def stack(steps: Any) -> reference.Step:
+    return reference.Step(*map(np.stack, zip(*steps, strict=True)))
+
+
+@pytest.mark.parametrize("h", SETTINGS)
+def test_float64_follows_the_reference(h: Setting, x64: None) -> None:
+    gradients = skewed_gradients(400, 64)
+    expected = stack(reference.steps(gradients, h))
+    state, u = run(make(h), gradients, jnp.float64)
+    for got, want in zip((state.m, state.v, state.s, u), expected, strict=True):
+        assert got.dtype == jnp.float64
+        # Relative to the element's own scale over time: a value that crosses zero has
+        # no relative error of its own.
+        scale = np.abs(want).max(axis=0)
+        assert np.all(np.abs(got - want) <= 1e-12 * scale)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-14 * scale.min())
+
+
+@pytest.mark.parametrize("h", SETTINGS)
+def test_float32_stays_within_the_derived_bound(h: Setting) -> None:
+    gradients = skewed_gradients(400, 64).astype(np.float32).astype(np.float64)
+    expected = stack(reference.steps(gradients, h))
+    bounds = stack(reference.float32_bounds(gradients, h))
+    state, u = run(make(h), gradients)
+    for got, want, bound in zip(
+        (state.m, state.v, state.s, u), expected, bounds, strict=True
+    ):
+        error = np.abs(np.asarray(got, np.float64) - want)
+        np.testing.assert_array_less(error, bound + 1e-30)
+    # The bound says something: a step is known to about four digits or better.
+    assert np.median(bounds.u / np.abs(expected.u).max(axis=0)) < 2e-4
+
+
+HAND_WORKED = {  # b1 = b2 = b3 = lam = 1/2, tau = 2, eps = 0, gradients 2, -1, 4
+    "cubic": (
+        (1.0, 2.0, 0.5, (2 + 0.25) / 2),
+        (0.0, 1.5, -0.25, -0.125 / 2**0.5),
+        (2.0, 8.75, 3.875, (16 / 7 + 1) / 10**0.5),  # s is clipped to tau
+    ),
+    "stabilized": (
+        (1.0, 2.0, 0.5, (2 + 0.25) / 2),
+        (0.0, 1.5, -0.25, -0.125 / 2**0.5),
+        (2.0, 8.75, -0.125 + 2**0.5, (16 / 7 + (-0.125 + 2**0.5) / 2) / 10**0.5),
+    ),
+    "standardized": (
+        (1.0, 2.0, 0.0, 2 / 2),  # d = 0 at the first step
+        (0.0, 1.5, -0.5, (-1 / 6) / 2**0.5),
+        (
+            2.0,
+            8.75,
+            -0.25 + (12 / 7) ** 3 / 2,
+            (16 / 7 + (-0.25 + (12 / 7) ** 3 / 2) / 0.875 / 10 / 2) / 10**0.5,
+        ),
+    ),
+}
+
+
+@FORMS
+def test_first_three_steps_by_hand(third_moment: Any) -> None:
+    h = Setting(third_moment, 0.5, 0.5, 0.5, 0.5, 2.0, 0.0)
+    state, u = run(make(h), [2.0, -1.0, 4.0])
+    got = np.stack([state.m, state.v, state.s, u], axis=1)
+    np.testing.assert_allclose(got, HAND_WORKED[third_moment], rtol=1e-6)
+    by_reference = stack(reference.steps(np.array([2.0, -1.0, 4.0]), h))
+    np.testing.assert_allclose(np.stack(by_reference, 1), HAND_WORKED[third_moment])
+    assert state.count.tolist() == [1, 2, 3]
+
+
+# lam = 0 is Adam.
+
+
+@FORMS
+def test_lam_zero_has_adams_moments_bit_for_bit(
+    third_moment: Any, standard_promotion: None
+) -> None:
+    gradients = skewed_gradients(300, 64)
+    ours, u = run(scale_by_adam3(lam=0.0, third_moment=third_moment), gradients)
+    adam, u_adam = run(optax.scale_by_adam(), gradients)
+    np.testing.assert_array_equal(ours.m, adam.mu)
+    np.testing.assert_array_equal(ours.v, adam.nu)
+    # What differs is Optax's 1 - b2ᵗ, inexact by up to 1.3e-5 at b2 = .999.
+    np.testing.assert_allclose(u, u_adam, rtol=2e-5)
+
+
+def test_lam_zero_is_nearer_to_adam_than_optax(standard_promotion: None) -> None:
+    # One sign, few steps: what remains is the error of the correction, in units in the
+    # last place of the update, not that of long sums.
+    gradients = np.abs(skewed_gradients(10, 512)).astype(np.float32)
+    exact = stack(reference.steps(gradients, Setting(lam=0.0))).u
+
+    def ulps(optimizer: optax.GradientTransformation) -> float:
+        return float(np.max(np.abs(run(optimizer, gradients)[1] / exact - 1)) / ULP)
+
+    assert ulps(scale_by_adam3(lam=0.0)) < 8
+    assert ulps(optax.scale_by_adam()) > 80
+
+
+@pytest.mark.parametrize("b", [0.0, 0.5, 0.9, 0.999, 0.9999, 0.99999])
+def test_bias_corrections_keep_their_digits(b: float) -> None:
+    # 3 ulp, the bound that `reference.float32_bounds` builds on; the subtraction
+    # 1 - b**t is off by thousands at b = .99999.
+    h = Hyperparameters(b, b, b, 0.0, 1.0, 0.0, 0.0)
+    ts = np.unique(np.concatenate([np.arange(1, 50), np.geomspace(50, 2**31 - 1, 200)]))
+    ts = ts.astype(np.int32)
+    got = jax.vmap(lambda t: coefficients(h, t, jnp.float32).c1)(jnp.asarray(ts))
+    exact = -np.expm1(ts * np.log1p(-(1 - b))) if b else np.ones(len(ts))
+    assert np.max(np.abs(got * exact - 1)) <= 3 * ULP
+
+
+# Properties.
+
+FLOATS = st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-4)
+SIZES = st.sampled_from([1, 2, 5, 9])  # few, for each is compiled
+SEQUENCES = SIZES.flatmap(lambda n: hnp.arrays(np.float32, (4, n), elements=FLOATS))
+
+
+@cache
+def optimizer_of(**kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    return scale_by_adam3(**kwargs)
+
+
+def updates(gradients: Any, **kwargs: Any) -> Any:
+    return np.asarray(run(optimizer_of(**kwargs), gradients)[1])
+
+
+@FORMS
+@given(gradients=SEQUENCES, seed=st.integers(0, 2**16))
+def test_permuted_leaves_permute_the_updates(
+    third_moment: Any, gradients: Any, seed: int
+) -> None:
+    order = np.random.default_rng(seed).permutation(gradients.shape[1])
+    plain = updates(gradients, third_moment=third_moment)
+    permuted = updates(gradients[:, order], third_moment=third_moment)
+    np.testing.assert_array_equal(permuted, plain[:, order])
+
+
+@FORMS
+@given(gradients=hnp.arrays(np.float32, (4, 9), elements=FLOATS), cut=SIZES)
+def test_split_leaves_split_the_updates(
+    third_moment: Any, gradients: Any, cut: int
+) -> None:
+    whole = updates(gradients, third_moment=third_moment)
+    parts = [
+        updates(part, third_moment=third_moment)
+        for part in np.split(gradients, [cut], axis=1)
+    ]
+    # A leaf of one element is compiled to scalar code, which rounds on its own.
+    ulps = 4 if cut == 1 else 0
+    np.testing.assert_allclose(
+        np.concatenate(parts, axis=1), whole, rtol=ulps * ULP, atol=ulps * ULP
+    )
+
+
+@FORMS
+@given(gradients=hnp.arrays(np.float32, (4, 12), elements=FLOATS))
+def test_reshaped_leaves_reshape_the_updates(third_moment: Any, gradients: Any) -> None:
+    flat = updates(gradients, third_moment=third_moment)
+    for shape in ((3, 4), (12, 1), (2, 3, 2)):
+        shaped = updates(gradients.reshape(4, *shape), third_moment=third_moment)
+        np.testing.assert_array_equal(shaped.reshape(4, 12), flat)
+
+
+@FORMS
+@given(gradients=SEQUENCES)
+def test_negated_gradients_negate_the_updates(
+    third_moment: Any, gradients: Any
+) -> None:
+    np.testing.assert_array_equal(
+        updates(-gradients, third_moment=third_moment),
+        -updates(gradients, third_moment=third_moment),
+    )
+
+
+@given(
+    gradients=SEQUENCES.map(lambda g: np.where(np.abs(g) < 1, 1 + np.abs(g), g)),
+    exponent=st.integers(-30, 30),
+)
+def test_standardized_is_free_of_scale(gradients: Any, exponent: int) -> None:
+    # (1-b3)·d³ is a normal float32 for |d| from 2.3e-12, and d is clipped at 3.5e12:
+    # gradients of 1 to 100, times 2⁻³⁰ to 2³⁰, keep within, and powers of 2 are exact.
+    plain = updates(gradients, third_moment="standardized", lam=0.1, eps=0.0)
+    scaled = updates(
+        gradients * np.float32(2.0**exponent),
+        third_moment="standardized",
+        lam=0.1,
+        eps=0.0,
+    )
+    np.testing.assert_allclose(scaled, plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("third_moment", ["cubic", "stabilized"])
+def test_the_other_forms_are_not(third_moment: Any) -> None:
+    gradients = skewed_gradients(30, 8)
+    plain = updates(gradients, third_moment=third_moment, lam=1.0, eps=0.0)
+    scaled = updates(0.25 * gradients, third_moment=third_moment, lam=1.0, eps=0.0)
+    assert np.max(np.abs(scaled - plain)) > 0.01
+
+
+@given(gradients=SEQUENCES, lam=st.floats(0, 2), tau=st.floats(0.01, 10))
+def test_standardized_moves_at_most_lam_tau(
+    gradients: Any, lam: float, tau: float
+) -> None:
+    g = jnp.asarray(gradients)
+    with_term = standardized(g, jnp.float32(lam), jnp.float32(tau))
+    without = standardized(g, jnp.float32(0), jnp.float32(tau))
+    rounding = 4 * ULP * (lam * tau + np.abs(without))
+    assert np.all(np.abs(with_term - without) <= lam * tau + rounding)
+
+
+@jax.jit
+def standardized(g: jax.Array, lam: jax.Array, tau: jax.Array) -> jax.Array:
+    optimizer = scale_by_adam3(lam=lam, tau=tau, third_moment="standardized")
+    swap = lambda state, g: optimizer.update(g, state)[::-1]  # noqa: E731
+    return jax.lax.scan(swap, optimizer.init(g[0]), g)[1]
+
+
+@pytest.mark.parametrize(
+    ("third_moment", "b3", "largest"),
+    [
+        ("cubic", 0.999, 318),
+        ("stabilized", 0.999, 293),
+        ("standardized", 0.999, 1),
+        ("cubic", 0.95**0.5, 1.01),
+        ("stabilized", 0.95**0.5, 1.01),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::adam3_optax.BlowUpWarning")
+def test_blow_up_after_an_isolated_gradient(
+    third_moment: Any, b3: float, largest: float
+) -> None:
+    # A gradient of 1, then none: with b3 > sqrt(b2) s outlives sqrt(v), and the cubic
+    # update reaches 318 learning rates 785 steps later. Adam's is at most 1.
+    gradients = np.eye(1, 2000).T
+    u = updates(gradients, b2=0.95, b3=b3, third_moment=third_moment)
+    print(third_moment, u.max(), u.argmax())
+    np.testing.assert_allclose(u.max(), largest, rtol=0.01)
+
+
+RANGE = [
+    np.finfo(np.float32).max, 1e30, 1e18, 1e-6, 1e-12, 1e-20, 1e-38, 1e-45
+]  # fmt: skip
+
+
+@FORMS
+@pytest.mark.parametrize("size", RANGE)
+@pytest.mark.parametrize("signs", ["constant", "alternating", "once"])
+def test_no_finite_gradient_poisons_the_state(
+    third_moment: Any, size: float, signs: str
+) -> None:
+    pattern = {
+        "constant": np.ones(60),
+        "alternating": np.resize([1.0, -1.0], 60),
+        "once": np.eye(1, 60)[0],
+    }[signs]
+    optimizer = scale_by_adam3(third_moment=third_moment)
+    state, u = run(optimizer, np.float32(size) * pattern[:, None].astype(np.float32))
+    for x in state[:3]:
+        assert np.all(np.isfinite(x))
+    # At the largest number itself, m̂ may round up to infinity; the state does not.
+    assert np.all(np.isfinite(u)) or size > 3e38
+    if 1e-6 <= size <= 1e18 and signs == "constant":
+        np.testing.assert_allclose(u, 1.0, rtol=0.03)
+
+
+@FORMS
+def test_an_overflow_is_forgotten(third_moment: Any) -> None:
+    gradients = np.concatenate([[[1e30]], np.tile([[1.0]], (4000, 1))])
+    _, u = run(scale_by_adam3(b2=0.9, b3=0.9, third_moment=third_moment), gradients)
+    np.testing.assert_allclose(u[-1], 1.0, rtol=0.02)
+
+
+@FORMS
+@pytest.mark.parametrize("kwargs", [{}, {"tau": float("inf")}, {"eps": 0.0}])
+def test_derivatives_at_zero_gradient(
+    third_moment: Any, kwargs: dict[str, Any]
+) -> None:
+    optimizer: Callable[..., Any] = scale_by_adam3(
+        eps_root=1e-8, third_moment=third_moment, **kwargs
+    ).update
+
+    def last_update(g: jax.Array) -> jax.Array:
+        m, v, s = jnp.zeros((3, 2))
+        state = ScaleByAdam3State(m, v, s, jnp.int32(0))
+        for _ in range(3):
+            u, state = optimizer(g, state)
+        return u.sum()
+
+    derivative = jax.grad(last_update)(jnp.array([0.0, 1.0]))
+    assert np.all(np.isfinite(derivative))
+    assert derivative[0] > 1e3  # 1/sqrt(eps_root), less the term's, which is 0
