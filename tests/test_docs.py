@@ -1,0 +1,80 @@
+"""The documentation runs, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import jax
+import optax
+import pytest
+
+import adam3_optax
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def test_readme_code_runs_from_top_to_bottom(standard_promotion: None) -> None:
+    # `standard_promotion`, for Optax's schedules need it.
+    namespace = {"adam3_optax": adam3_optax, "optax": optax, "jax": jax}
+    code = blocks(ROOT / "README.md", "python")
+    assert len(code) >= 5
+    for number, block in enumerate(code):
+        exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+
+
+def test_readme_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [
+        c for page in PAGES for block in blocks(page, "sh") for c in block.split("\n")
+    ]
+    targets = {c.split()[1] for c in commands if c.startswith("make ")}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            slugs = [
+                re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-")
+                for h in headings
+            ]
+            assert anchor in slugs, link
+
+
+@pytest.mark.parametrize(
+    "name", ["adam3", "adam3w", "scale_by_adam3", "ScaleByAdam3State", "BlowUpWarning"]
+)
+def test_public_names_are_documented(name: str) -> None:
+    assert (getattr(adam3_optax, name).__doc__ or "").strip()
+    readme = (ROOT / "README.md").read_text()
+    assert name in readme or name == "ScaleByAdam3State"
+
+
+def test_factories_document_every_argument_and_run_an_example() -> None:
+    import inspect
+
+    for factory in (
+        adam3_optax.adam3,
+        adam3_optax.adam3w,
+        adam3_optax.scale_by_adam3,
+    ):
+        doc = inspect.getdoc(factory) or ""
+        for section in ("Args:", "Returns:", "Example:", "Source:"):
+            assert section in doc, (factory.__name__, section)
+        for argument in inspect.signature(factory).parameters:
+            assert re.search(rf"^    {argument}: ", doc, re.M), argument
