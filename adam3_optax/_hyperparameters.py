@@ -23,7 +23,8 @@ class BlowUpWarning(UserWarning):
 
     After an isolated gradient s decays as b3ᵗ but sqrt(v) as b2^(t/2). Where
     b3 > sqrt(b2), the cubic and stabilized forms then take steps of hundreds of
-    learning rates. Safe are b3 <= sqrt(b2), and the standardized form.
+    learning rates. b3 <= sqrt(b2) keeps them at 1 for gradients of order 1 (the cubic
+    form with gradients of 100 and more needs b3 <= b2); the standardized form, always.
     """
 
 

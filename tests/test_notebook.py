@@ -1,0 +1,140 @@
+"""The notebook runs from a clean kernel, and is committed as a run leaves it.
+
+To renew its outputs after an edit: `python tests/test_notebook.py`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.font_manager  # noqa: F401  # builds its cache here, not in the kernel
+import nbclient
+import nbformat
+import pytest
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+
+import adam3_optax
+
+PACKAGE = Path(adam3_optax.__file__).parent
+PATH = Path(__file__).parents[1] / "notebooks" / "what_the_third_moment_does.ipynb"
+METADATA = {
+    "kernelspec": {
+        "display_name": "Python 3",
+        "language": "python",
+        "name": "python3",
+    },
+    "language_info": {"name": "python"},
+}
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(file:/*|/)[\w.-]+/\w|\b[A-Za-z]:\\\w")
+
+
+class ThisInterpreter(KernelSpecManager):
+    """Offers one kernel, `sys.executable`: a user's own "python3" may be another."""
+
+    def get_kernel_spec(self, kernel_name: str) -> Any:
+        return KernelSpec(**get_kernel_dict())
+
+
+def run(notebook: Any, directory: Path) -> None:
+    """Executes a notebook in place; raises where a cell does."""
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    path = [str(PACKAGE.parent), *filter(None, [env.get("PYTHONPATH")])]
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path)}
+    nbclient.NotebookClient(
+        notebook,
+        km=AsyncKernelManager(kernel_spec_manager=ThisInterpreter()),
+        resources={"metadata": {"path": str(directory)}},
+        timeout=120,
+        record_timing=False,
+        coalesce_streams=True,
+    ).execute(env=env, cleanup_kc=True)  # the default spares a manager given to it
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell: Any, stream: str) -> str:
+    return "".join(x.text for x in cell.outputs if x.get("name") == stream)
+
+
+def figures(cell: Any) -> list[str]:
+    return [
+        x.data["image/png"] for x in cell.outputs if "image/png" in x.get("data", {})
+    ]
+
+
+def texts(node: Any) -> Iterator[str]:
+    """Yields every string but the pictures."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key != "image/png":
+                yield from texts(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from texts(value)
+
+
+@pytest.fixture
+def notebook() -> Any:
+    return nbformat.read(PATH, as_version=4)
+
+
+def test_runs_from_a_clean_kernel(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither the user's start-up files nor a run beside this one.
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    committed = [len(figures(cell)) for cell in code_cells(notebook)]
+    probe = "import sys; print(sys.executable, adam3_optax.__file__, sep='\\n')"
+    notebook.cells.append(nbformat.v4.new_code_cell(probe))
+
+    run(notebook, tmp_path)
+
+    *cells, last = code_cells(notebook)
+    assert printed(last, "stdout").split("\n") == [
+        sys.executable,
+        adam3_optax.__file__,
+        "",
+    ]
+    assert [printed(cell, "stderr") for cell in cells] == [""] * len(cells)
+    assert [len(figures(cell)) for cell in cells] == committed
+
+
+def test_is_committed_as_a_clean_run_leaves_it(notebook: Any) -> None:
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    for cell in cells:
+        assert printed(cell, "stdout"), f"{cell.id} shows no number"
+        assert {x.output_type for x in cell.outputs} <= {"stream", "display_data"}
+        assert not printed(cell, "stderr")
+    for cell in cells[1:]:
+        assert len(figures(cell)) == 1, f"{cell.id} shows no figure"
+        assert re.search(r"^ *assert ", cell.source, re.MULTILINE), cell.id
+    assert PATH.stat().st_size < 600_000
+
+
+def test_names_no_machine(notebook: Any) -> None:
+    assert notebook.metadata == METADATA
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert [text for text in texts(notebook) if ABSOLUTE_PATH.search(text)] == []
+
+
+def renew() -> None:
+    """Executes the notebook and writes it back."""
+    notebook = nbformat.read(PATH, as_version=4)
+    run(notebook, PATH.parent)
+    notebook.metadata = nbformat.from_dict(METADATA)
+    nbformat.write(notebook, PATH)
+
+
+if __name__ == "__main__":
+    renew()
