@@ -3,6 +3,7 @@
 To renew its outputs after an edit: `python tests/test_notebook.py`.
 """
 
+import base64
 import os
 import re
 import sys
@@ -21,7 +22,12 @@ from jupyter_client.manager import AsyncKernelManager
 import adam3_optax
 
 PACKAGE = Path(adam3_optax.__file__).parent
-PATH = Path(__file__).parents[1] / "notebooks" / "what_the_third_moment_does.ipynb"
+ROOT = Path(__file__).parents[1]
+PATH = ROOT / "notebooks" / "what_the_third_moment_does.ipynb"
+IMAGES = {  # figures that the documentation shows, by their cells
+    "units-code": "units.png",
+    "blow-up-code": "blow_up.png",
+}
 METADATA = {
     "kernelspec": {
         "display_name": "Python 3",
@@ -128,12 +134,26 @@ def test_names_no_machine(notebook: Any) -> None:
     assert [text for text in texts(notebook) if ABSOLUTE_PATH.search(text)] == []
 
 
+def test_the_documentation_shows_its_figures(notebook: Any) -> None:
+    for name, png in images(notebook):
+        assert (ROOT / "docs" / "images" / name).read_bytes() == png, name
+
+
+def images(notebook: Any) -> Iterator[tuple[str, bytes]]:
+    for cell in notebook.cells:
+        if cell.id in IMAGES:
+            (figure,) = figures(cell)
+            yield IMAGES[cell.id], base64.b64decode(figure)
+
+
 def renew() -> None:
-    """Executes the notebook and writes it back."""
+    """Executes the notebook, writes it back, and its figures to the documentation."""
     notebook = nbformat.read(PATH, as_version=4)
     run(notebook, PATH.parent)
     notebook.metadata = nbformat.from_dict(METADATA)
     nbformat.write(notebook, PATH)
+    for name, png in images(notebook):
+        (ROOT / "docs" / "images" / name).write_bytes(png)
 
 
 if __name__ == "__main__":
