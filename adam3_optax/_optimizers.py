@@ -10,7 +10,7 @@ import optax
 
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._rule import ThirdMoment
-from adam3_optax._transform import scale_by_adam3
+from adam3_optax._transform import computed_in, is_none, scale_by_adam3
 
 
 def adam3(
@@ -157,7 +157,11 @@ def _scale_by_learning_rate(
     rate = hp.scheduled(hp.finite, "learning_rate", learning_rate)
     if callable(rate):
         return optax.scale_by_learning_rate(rate)
-    return optax.stateless_with_tree_map(lambda u, _: -jnp.asarray(rate, u.dtype) * u)
+
+    def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates)
+
+    return optax.stateless(scale)
 
 
 def _rounded_once(
@@ -171,7 +175,13 @@ def _rounded_once(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        wide, state = inner.update(_widen(updates), state, _widen(params), **extra_args)
+        beside = updates if params is None else params
+        wide = jax.tree.map(_widen, updates, beside, is_leaf=is_none)
+        if params is not None:
+            params = jax.tree.map(
+                lambda g, p: _widen(p, g), updates, params, is_leaf=is_none
+            )
+        wide, state = inner.update(wide, state, params, **extra_args)
         return jax.tree.map(
             lambda u, g: u.astype(jnp.result_type(g)), wide, updates
         ), state
@@ -179,12 +189,12 @@ def _rounded_once(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _widen(tree: Any) -> Any:
-    """Returns float32 for narrower floating types, and all else as it is."""
-
-    def widen(x: Any) -> Any:
-        dtype = jnp.result_type(x)
-        narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-        return x.astype(jnp.float32) if narrow else x
-
-    return jax.tree.map(widen, tree)
+def _widen(x: Any, beside: Any) -> Any:
+    """Returns x in the type that is computed in, and what is no real array as it is."""
+    if (
+        x is None
+        or beside is None
+        or not jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    ):
+        return x
+    return jnp.asarray(x).astype(computed_in(x, beside))

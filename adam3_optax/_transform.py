@@ -148,7 +148,7 @@ def scale_by_adam3(
                 return None, m, v, s
             g = jnp.asarray(g)
             _check_gradient(path, g, m, v, s)
-            dtype = _computed_in(g, m, v, s)
+            dtype = computed_in(g, m, v, s)
             k = coefficients(dtype)
             g_t, m_t, v_t, s_t = (x.astype(dtype) for x in (g, m, v, s))
             m_t, v_t, s_t = _rule.update_moments(g_t, m_t, v_t, s_t, k, third_moment)
@@ -157,7 +157,7 @@ def scale_by_adam3(
             return tuple(x.astype(old.dtype) for x, old in new)
 
         treedef: Any
-        leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=_is_none)
+        leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=is_none)
         moments = [_like(treedef, name, getattr(state, name)) for name in "mvs"]
         stepped = [
             step(path, g, *mvs)
@@ -177,16 +177,17 @@ def _zeros(path: Any, param: Any) -> jax.Array:
             "needs real parameters. Wrap the optimizer in "
             "optax.contrib.split_real_and_imaginary."
         )
-    return jnp.zeros_like(param, dtype=_computed_in(param))
+    return jnp.zeros_like(param, dtype=computed_in(param))
 
 
-def _computed_in(*arrays: Any) -> np.dtype[Any]:
+def computed_in(*arrays: Any) -> np.dtype[Any]:
     """Returns float64 if one of the arrays has it, else float32."""
     wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
     return np.dtype(np.float64 if wide else np.float32)
 
 
-def _is_none(x: Any) -> bool:
+def is_none(x: Any) -> bool:
+    """Returns whether x is None: a gradient of None leaves its parameter alone."""
     return x is None
 
 
