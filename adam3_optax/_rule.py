@@ -90,13 +90,16 @@ def skewness_term(
 ) -> jax.Array:
     """Returns b_t, which is added to the bias-corrected momentum."""
     if third_moment != "standardized":
-        return k.lam * _clip(s, k.tau)
-    # lam·σ·clip(ŝ/σ³, -tau, tau) with σ = sqrt(v̂), free of scale. Where v̂ = 0 the term
-    # and its derivative are 0; the inner `where` keeps NaN out of the derivative.
+        return k.lam * jnp.clip(s, -k.tau, k.tau)
+    # 0, and its derivative too, where v̂ is 0 or so small that d³ has long underflowed.
+    # The inner `where` keeps NaN out of the derivative, and so do three factors 1/σ, for
+    # the derivative of one division would square σ³.
     v_hat = v * k.c2
-    seen = v_hat > 0
-    v_hat = jnp.where(seen, v_hat, 1.0)
-    return k.lam * jnp.where(seen, _clip(s * k.c3 / v_hat, k.tau, jnp.sqrt(v_hat)), 0.0)
+    seen = v_hat > 2.0**24 * jnp.finfo(v.dtype).tiny
+    sigma = jnp.sqrt(jnp.where(seen, v_hat, 1.0))
+    r = 1.0 / sigma
+    skewness = s * k.c3 * r * r * r
+    return k.lam * jnp.where(seen, sigma * jnp.clip(skewness, -k.tau, k.tau), 0.0)
 
 
 def direction(
@@ -129,10 +132,3 @@ def _within(x: jax.Array, root: float) -> jax.Array:
     """
     bound = float(jnp.finfo(x.dtype).max) ** root / 2
     return jnp.clip(x, -bound, bound)
-
-
-def _clip(x: jax.Array, tau: Scalar, unit: Scalar = 1.0) -> jax.Array:
-    """Clips to ±tau units; an infinite tau means no clip."""
-    if isinstance(tau, float) and tau == float("inf"):
-        return x  # inf · 0 in the derivative of an unused bound would be NaN
-    return jnp.clip(x, -tau * unit, tau * unit)

@@ -101,13 +101,12 @@ def float32_bounds(gradients: Array, h: Setting) -> Iterator[Step]:
         v_hat = new.v / c2
         rv_hat = np.divide(dv, new.v, out=np.zeros_like(v), where=new.v > 0) + 7 * e
         if standardized:
-            ratio = np.abs(new.s) / c3 / v_hat
-            dratio = ds / c3 / v_hat + ratio * (rv_hat + 8 * e)
-            bound = min(h.tau, 1e9) * np.sqrt(v_hat)
-            unclipped = np.minimum(ratio, bound)
-            clipped = ratio + dratio >= bound * (1 - rv_hat)
-            dbound = np.where(clipped, bound * (rv_hat / 2 + 3 * e), 0.0)
-            db = np.maximum(dratio, dbound) + e * unclipped
+            # σ is within rv_hat/2 + e; ŝ/σ³ takes it three times, the term once more.
+            sigma, rsigma = np.sqrt(v_hat), rv_hat / 2 + 2 * e
+            skewness = np.abs(new.s) / c3 / sigma**3
+            dskewness = ds / c3 / sigma**3 + skewness * (3 * rsigma + 10 * e)
+            unclipped = sigma * np.minimum(skewness, h.tau)
+            db = sigma * dskewness + unclipped * (rsigma + 2 * e)
         else:
             unclipped = np.minimum(np.abs(new.s), h.tau)
             db = ds + e * unclipped
