@@ -91,8 +91,8 @@ def skewness_term(
     """Returns b_t, which is added to the bias-corrected momentum."""
     if third_moment != "standardized":
         return k.lam * jnp.clip(s, -k.tau, k.tau)
-    # 0, and its derivative too, where v̂ is 0 or so small that d³ has long underflowed.
-    # The inner `where` keeps NaN out of the derivative, and so do three factors 1/σ, for
+    # 0, as is its derivative, where v̂ is 0 or so small that d³ has long underflowed.
+    # The inner `where` keeps NaN out of the derivative; so do three factors 1/σ, for
     # the derivative of one division would square σ³.
     v_hat = v * k.c2
     seen = v_hat > 2.0**24 * jnp.finfo(v.dtype).tiny
