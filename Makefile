@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 help:
 	@echo "make demo    train a small language model with AdaM3 and with AdamW (minutes)"
 	@echo "make test    lint, type-check and run every test"
+	@echo "make lint    lint and type-check alone"
 	@echo "make format  format the code"
 	@echo "make wheel   build dist/*.whl"
 	@echo "make clean   remove what make made"
@@ -36,7 +37,7 @@ wheel: $(VENV)/.dev
 	@$(BIN)/python -m hatchling build -t wheel
 
 clean:
-	rm -rf $(VENV) .venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv .venv313 build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \

@@ -14,7 +14,7 @@ import numpy as np
 
 from adam3_optax._rule import THIRD_MOMENTS, Scalar, ThirdMoment
 
-ScalarOrSchedule = jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], Any]
+ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
 Check = Callable[[str, jax.typing.ArrayLike], Scalar]
 
 
@@ -23,8 +23,8 @@ class BlowUpWarning(UserWarning):
 
     After an isolated gradient s decays as b3ᵗ but sqrt(v) as b2^(t/2). Where
     b3 > sqrt(b2), the cubic and stabilized forms then take steps of hundreds of
-    learning rates. b3 <= sqrt(b2) keeps them at 1 for gradients of order 1 (the cubic
-    form with gradients of 100 and more needs b3 <= b2); the standardized form, always.
+    learning rates. b3 <= sqrt(b2) prevents that for |g| up to about 30, and b3 <= b2 up
+    to about 1e4. In the standardized form the term is at most |lam|·tau at any |g|.
     """
 
 
@@ -48,7 +48,7 @@ def finite(name: str, value: jax.typing.ArrayLike) -> Scalar:
     """Returns a checked finite number."""
     x = _scalar(name, value)
     if isinstance(x, float) and not math.isfinite(x):
-        raise ValueError(f"{name} must be in (-inf, inf), got {x}")
+        raise ValueError(f"{name} must be finite, got {x}")
     return x
 
 
@@ -95,9 +95,9 @@ def _warn_once(b2: float, b3: float) -> None:
     # Cached, for `optax.inject_hyperparams` rebuilds the optimizer at every trace.
     warnings.warn(
         f"b3 = {b3:g} exceeds sqrt(b2) = {math.sqrt(b2):g}: the third moment outlives "
-        "the second, and an isolated gradient is followed by steps of hundreds of "
-        "learning rates. Use b3 <= sqrt(b2), or third_moment='standardized', which is "
-        "bounded.",
+        "the second, and an isolated gradient can be followed by steps of hundreds of "
+        "learning rates. Use b3 <= sqrt(b2), or third_moment='standardized', whose "
+        "term is bounded.",
         BlowUpWarning,
         stacklevel=_frames_inside() + 1,
     )
@@ -141,4 +141,6 @@ def _scalar(name: str, value: jax.typing.ArrayLike) -> Scalar:
     dtype = jnp.result_type(value)
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{wanted} the type {dtype}")
-    return value if isinstance(value, jax.core.Tracer) else float(value)
+    if isinstance(value, jax.core.Tracer):
+        return value if jnp.issubdtype(dtype, jnp.floating) else value.astype(float)
+    return float(value)

@@ -33,20 +33,21 @@ def adam3(
     Args:
         learning_rate: A number, a scalar array, or a schedule: a function of the count
             of steps before this one. The source recommends warm-up.
-        b1: See `scale_by_adam3`, also for those below.
-        b2: In [0, 1).
-        b3: In [0, 1).
-        lam: Weight of the skewness term.
-        tau: Its threshold.
-        eps: In [0, inf).
-        eps_root: In [0, inf).
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        b3: Decay of the third moment, in [0, 1).
+        lam: Weight of the skewness term: any finite number, or a schedule.
+        tau: Its threshold, in (0, inf], or a schedule.
+        eps: Added to the denominator; in [0, inf).
+        eps_root: Added under the root of the denominator; in [0, inf).
         third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
 
     Returns:
         A `GradientTransformationExtraArgs`. Updates have the gradients' type, whatever
         the learning rate's: all is computed in float32 or wider, and rounded once.
-        What no optimizer can cure: added to a bfloat16 parameter, an update below 1/256
-        of it is lost. Keep float32 parameters, and cast them in the forward pass.
+        What no optimizer can cure: added to a bfloat16 parameter, an update below 1/512
+        of it is lost, and below 1/256 it may be. Keep float32 master parameters, and
+        cast them in the forward pass.
 
     Example:
         On the first step every element moves by the learning rate, nearly as with
@@ -68,7 +69,7 @@ def adam3(
             scale_by_adam3(
                 b1, b2, b3, lam, tau, eps, eps_root, third_moment=third_moment
             ),
-            _scale_by_learning_rate(learning_rate),
+            _scale_by_rate(learning_rate),
         )
     )
 
@@ -94,18 +95,18 @@ def adam3w(
 
     Args:
         learning_rate: A number, a scalar array, or a schedule, as in `adam3`.
-        b1: See `scale_by_adam3`, also for those below.
-        b2: In [0, 1).
-        b3: In [0, 1).
-        lam: Weight of the skewness term.
-        tau: Its threshold.
-        eps: In [0, inf).
-        eps_root: In [0, inf).
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        b3: Decay of the third moment, in [0, 1).
+        lam: Weight of the skewness term: any finite number, or a schedule.
+        tau: Its threshold, in (0, inf], or a schedule.
+        eps: Added to the denominator; in [0, inf).
+        eps_root: Added under the root of the denominator; in [0, inf).
         weight_decay: Any finite number, a scalar array, or a schedule.
-        mask: A tree of booleans like the parameters, or a prefix of it, or a function
-            that makes one from the parameters: True where to decay. None decays all.
-            Through `optax.inject_hyperparams`, name it in `static_args`, for a function
-            would be taken for a schedule there.
+        mask: A tree of booleans like the parameters, or a prefix of it with more than
+            one, or a function that makes one from the parameters: True where to decay.
+            None decays all. Through `optax.inject_hyperparams`, name it in
+            `static_args`, for a function would be taken for a schedule there.
         third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
 
     Returns:
@@ -135,28 +136,56 @@ def adam3w(
     # A function of the parameters, mistaken for a schedule, arrives as its result.
     if isinstance(mask, bool | int | float | np.generic | np.ndarray | jax.Array):
         raise TypeError(
-            "mask must be a tree of booleans or a function that makes one, got "
-            f"{mask}. With optax.inject_hyperparams, pass static_args='mask'."
+            "mask must be a tree of booleans, not one alone, or a function that makes "
+            f"one, got {mask}. With optax.inject_hyperparams, pass static_args='mask'."
         )
-    weight_decay = hp.scheduled(hp.finite, "weight_decay", weight_decay)
     return _rounded_once(
         optax.chain(
             scale_by_adam3(
                 b1, b2, b3, lam, tau, eps, eps_root, third_moment=third_moment
             ),
-            optax.add_decayed_weights(weight_decay, mask),
-            _scale_by_learning_rate(learning_rate),
+            _add_decayed_weights(weight_decay, mask),
+            _scale_by_rate(learning_rate),
         )
     )
 
 
-def _scale_by_learning_rate(
+def _add_decayed_weights(
+    weight_decay: hp.ScalarOrSchedule, mask: Any
+) -> optax.GradientTransformation:
+    """As Optax's, with the parameters in the updates' type: float32 or wider."""
+    rate = hp.scheduled(hp.finite, "weight_decay", weight_decay)
+    if callable(rate):
+        inner = optax.add_decayed_weights(
+            lambda count: hp.at(hp.finite, "weight_decay", rate, count), mask
+        )
+    else:
+        inner = optax.add_decayed_weights(rate, mask)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if params is not None:
+            params = jax.tree.map(
+                lambda u, p: p if u is None else jnp.asarray(p, u.dtype),
+                updates,
+                params,
+                is_leaf=is_none,
+            )
+        return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _scale_by_rate(
     learning_rate: hp.ScalarOrSchedule,
 ) -> optax.GradientTransformation:
-    """As Optax's, but the rate takes the updates' type instead of changing it."""
+    """Scales by -learning_rate, which takes the updates' type, not they its."""
     rate = hp.scheduled(hp.finite, "learning_rate", learning_rate)
     if callable(rate):
-        return optax.scale_by_learning_rate(rate)
+        return optax.scale_by_learning_rate(
+            lambda count: hp.at(hp.finite, "learning_rate", rate, count)
+        )
 
     def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         return jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates)
@@ -175,26 +204,15 @@ def _rounded_once(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        beside = updates if params is None else params
-        wide = jax.tree.map(_widen, updates, beside, is_leaf=is_none)
-        if params is not None:
-            params = jax.tree.map(
-                lambda g, p: _widen(p, g), updates, params, is_leaf=is_none
-            )
+        wide = jax.tree.map(_widen, updates)
         wide, state = inner.update(wide, state, params, **extra_args)
-        return jax.tree.map(
-            lambda u, g: u.astype(jnp.result_type(g)), wide, updates
-        ), state
+        cast = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), wide, updates)
+        return cast, state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _widen(x: Any, beside: Any) -> Any:
-    """Returns x in the type that is computed in, and what is no real array as it is."""
-    if (
-        x is None
-        or beside is None
-        or not jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    ):
-        return x
-    return jnp.asarray(x).astype(computed_in(x, beside))
+def _widen(g: Any) -> Any:
+    """Returns a gradient in float32 or wider; what is no real array, as it is."""
+    real = jnp.issubdtype(jnp.result_type(g), jnp.floating)
+    return jnp.asarray(g).astype(computed_in(g)) if real else g

@@ -33,35 +33,35 @@ class Coefficients(NamedTuple):
     b1: Scalar
     b2: Scalar
     b3: Scalar
+    lam: Scalar
+    tau: Scalar
+    eps: Scalar
+    eps_root: Scalar
     a1: Scalar
     a2: Scalar
     a3: Scalar
     c1: Scalar
     c2: Scalar
     c3: Scalar
-    lam: Scalar
-    tau: Scalar
-    eps: Scalar
-    eps_root: Scalar
 
 
 def coefficients(
     h: Hyperparameters, t: jax.Array, dtype: jax.typing.DTypeLike
 ) -> Coefficients:
     """Returns the scalars of step `t` (counted from 1) in the type computed in."""
-    # Python numbers stay as they are: 1 - b is then taken in double precision, before
-    # rounding, and XLA sees literals. At b = .99999, 1 - float32(b) is off by 1e-3.
-    b1, b2, b3, lam, tau, eps, eps_root = (
-        x if isinstance(x, float) else x.astype(dtype) for x in h
-    )
-    a1, a2, a3 = 1.0 - b1, 1.0 - b2, 1.0 - b3
+
+    def cast(x: Scalar) -> Scalar:
+        return x if isinstance(x, float) else x.astype(dtype)
+
+    # 1 - b is taken before rounding, for Python numbers in double precision. At
+    # b = .99999, 1 - float32(b) is off by 1e-3.
+    a1, a2, a3 = (cast(1.0 - b) for b in (h.b1, h.b2, h.b3))
     time = t.astype(dtype)
     # 1 - bᵗ = -expm1(t·log b) keeps the digits that the subtraction would lose. The
     # reciprocal is taken here, for XLA takes it for some shapes and not for others.
     c1, c2, c3 = (-1.0 / jnp.expm1(time * jnp.log1p(-a)) for a in (a1, a2, a3))
-    return Coefficients(
-        b1, b2, b3, a1, a2, a3, c1, c2, c3, lam, tau, eps, eps_root
-    )  # fmt: skip
+    chosen = Hyperparameters(*map(cast, h))
+    return Coefficients(*chosen, a1=a1, a2=a2, a3=a3, c1=c1, c2=c2, c3=c3)
 
 
 def update_moments(

@@ -55,11 +55,11 @@ def scale_by_adam3(
     in place of d³. `"standardized"` is free of scale: with d = g - m_t/(1-b1ᵗ),
     ŝ = s_t/(1-b3ᵗ) and v̂ = v_t/(1-b2ᵗ), it averages d³ and has
     b_t = lam·sqrt(v̂)·clip(ŝ/v̂^(3/2), -tau, tau), which is 0 where v̂ = 0 and moves u_t
-    by at most lam·tau.
+    by at most |lam|·tau.
 
     In the first two forms b_t carries units of g³ or g^(3/2), so rescaling the loss
-    changes the method; where gradients are small (|g| below about 1e-2) the cubic form
-    is Adam to rounding. With them keep b3 <= sqrt(b2): `BlowUpWarning` says why.
+    changes the method; where |g| is below about 1e-3 the cubic form is Adam to rounding
+    in most elements. With them keep b3 <= sqrt(b2): `BlowUpWarning` says why.
 
     This is not the AdaM³ of Wang et al. (arXiv 2106.11514), which has no third moment.
     There is no `nesterov`: the rule defines no look-ahead for its skewness term.
@@ -158,7 +158,8 @@ def scale_by_adam3(
 
         treedef: Any
         leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=is_none)
-        moments = [_like(treedef, name, getattr(state, name)) for name in "mvs"]
+        fields = zip("mvs", state[:3], strict=True)
+        moments = [_like(treedef, name, field) for name, field in fields]
         stepped = [
             step(path, g, *mvs)
             for (path, g), *mvs in zip(leaves, *moments, strict=True)
@@ -203,6 +204,7 @@ def _like(treedef: Any, name: str, moment: optax.Updates) -> list[Any]:
 
 
 def _check_gradient(path: Any, g: jax.Array, m: Any, v: Any, s: Any) -> None:
+    """Raises where a gradient is of no real type, or does not fit the moments."""
     where = f"updates{jax.tree_util.keystr(path)}"
     if not jnp.issubdtype(g.dtype, jnp.floating):
         raise ValueError(f"{where} must be of a real floating type, got {g.dtype}")

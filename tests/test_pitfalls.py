@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -405,6 +406,21 @@ def test_11_a_tree_that_does_not_fit_is_refused(make: Make, gradients: Any) -> N
     optimizer = make()
     with pytest.raises(ValueError, match=r"gradients' tree|has shape|structure"):
         optimizer.update(gradients, optimizer.init(params), params)
+
+
+@FORMS
+@pytest.mark.parametrize("factory", [scale_by_adam3, adam3])
+@pytest.mark.parametrize(
+    "params", [None, FrozenDict(a=A, b=B), {"a": A, "b": optax.MaskedNode()}, [A, B]]
+)
+def test_11_parameters_that_are_not_needed_may_be_anything(
+    factory: Make, third_moment: str, params: Any
+) -> None:
+    # As with optax.adam: only a decay reads them, so that dicts of gradients go with
+    # Flax's FrozenDict of parameters.
+    optimizer, gradients = factory(third_moment=third_moment), {"a": A, "b": B}
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients), params)
+    assert_same(updates, first_step(optimizer, gradients)[0])
 
 
 # 12. Complex parameters: g² of a complex g is no second moment.

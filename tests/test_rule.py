@@ -300,7 +300,6 @@ def test_blow_up_after_an_isolated_gradient(
     # update reaches 318 learning rates 785 steps later. Adam's is at most 1.
     gradients = np.eye(1, 2000).T
     u = updates(gradients, b2=0.95, b3=b3, third_moment=third_moment)
-    print(third_moment, u.max(), u.argmax())
     np.testing.assert_allclose(u.max(), largest, rtol=0.01)
 
 
