@@ -286,13 +286,12 @@ def headline(runs: list[Run]) -> str:
         return f"Interrupted: {', '.join(ends)}; validation loss {', '.join(losses)}"
     gap = float(losses[0]) - float(losses[1])  # as the reader would subtract
     where = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'}" if gap else "level with"
-    names = f"{ours.optimizer} ends {where} {theirs.optimizer}"
+    names = f"One seed: {ours.optimizer} ends {where} {theirs.optimizer}"
     return f"{names}: validation loss {losses[0]} against {losses[1]}"
 
 
-def smooth(losses: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and the mean of the losses about each: 25, in short runs fewer."""
-    width = min(25, 1 + len(losses) // 20)
+def smooth(losses: list[float], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps and the mean of so many losses about each."""
     means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
     return np.arange(len(means)) + (width + 1) / 2, means
 
@@ -303,11 +302,13 @@ def draw(runs: list[Run], path: Path) -> None:
     heights = (5, 2)[: len(runs)]
     panels = figure.subplots(len(runs), sharex=True, height_ratios=heights)
     upper, lower = panels if len(runs) == 2 else (panels, panels)
+    # One width for all, or runs of different lengths would look different.
+    width = min(25, 1 + min(len(run.losses) for run in runs) // 20)
     # One curve may hide the other: the second is dashed, and its dots sit in rings.
     styles = ({"ls": "-", "ms": 9, "mfc": "none"}, {"ls": "--", "ms": 4})
     for run, colour, style in zip(runs, ("C3", "C0"), styles, strict=False):
         label = f"{run.optimizer} {run.form}".strip(" -")
-        upper.plot(*smooth(run.losses), style.pop("ls"), c=colour, label=label)
+        upper.plot(*smooth(run.losses, width), style.pop("ls"), c=colour, label=label)
         points = zip(*run.validation.items(), strict=True)
         upper.plot(*points, "o", c=colour, label="validation", **style)
     if len(runs) == 2:
@@ -315,7 +316,7 @@ def draw(runs: list[Run], path: Path) -> None:
         gaps = [x - y for x, y in zip(a.losses, b.losses, strict=False)]
         steps = [step for step in a.validation if step in b.validation]
         lower.axhline(0, c="0.8")
-        lower.plot(*smooth(gaps), c="0.5")
+        lower.plot(*smooth(gaps, width), c="0.5")
         lower.plot(steps, [a.validation[i] - b.validation[i] for i in steps], "k.")
         lower.set_ylabel(f"{a.optimizer}\nminus {b.optimizer}")
     for panel in (upper, lower):

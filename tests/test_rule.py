@@ -303,6 +303,28 @@ def test_blow_up_after_an_isolated_gradient(
     np.testing.assert_allclose(u.max(), largest, rtol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "at", "total"),
+    [
+        ({"lam": 0.0}, 2000, 30),
+        ({"third_moment": "cubic"}, 2000, 30),
+        ({"third_moment": "standardized"}, 2000, 329),
+        ({"third_moment": "standardized"}, 0, -293),
+        ({"third_moment": "standardized", "b2": 0.95}, 2000, 12),
+        ({"third_moment": "standardized", "eps": 1e-3}, 2000, 98),
+    ],
+)
+def test_drift_after_an_isolated_gradient(
+    kwargs: dict[str, Any], at: int, total: float
+) -> None:
+    # Published, too: bounded in each step, the standardized term is not so in sum.
+    optimizer = scale_by_adam3(**kwargs)
+    swap = lambda state, g: optimizer.update(g, state)[::-1]  # noqa: E731
+    gradients = jnp.zeros((60_000, 1)).at[at].set(1.0)
+    u = jax.lax.scan(swap, optimizer.init(gradients[0]), gradients)[1]
+    np.testing.assert_allclose(u.sum(), total, rtol=0.02)
+
+
 RANGE = [
     np.finfo(np.float32).max, 1e30, 1e18, 1e-6, 1e-12, 1e-20, 1e-38, 1e-45
 ]  # fmt: skip
