@@ -1,8 +1,8 @@
 """What users pass as hyperparameters: numbers, arrays and schedules, checked."""
 
-import functools
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -45,10 +45,10 @@ def epsilon(name: str, value: jax.typing.ArrayLike) -> Scalar:
 
 
 def finite(name: str, value: jax.typing.ArrayLike) -> Scalar:
-    """Returns a checked finite number."""
+    """Returns a checked number, finite in float32."""
     x = _scalar(name, value)
-    if isinstance(x, float) and not math.isfinite(x):
-        raise ValueError(f"{name} must be finite, got {x}")
+    if isinstance(x, float) and not abs(x) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{name} must be finite (in float32), got {x}")
     return x
 
 
@@ -56,7 +56,9 @@ def threshold(name: str, value: jax.typing.ArrayLike) -> Scalar:
     """Returns a checked tau, in (0, inf]: infinity means no clip."""
     x = _scalar(name, value)
     if isinstance(x, float) and not x > 0.0:
-        raise ValueError(f"{name} must be in (0, inf], got {x}")
+        raise ValueError(
+            f"{name} must be in (0, inf] (to end the term, take lam to 0), got {x}"
+        )
     return x
 
 
@@ -87,12 +89,19 @@ def warn_of_blow_up(
     # The margin keeps b3 = sqrt(b2), rounded to float32 on its way here, silent.
     known = isinstance(b2, float) and isinstance(b3, float)
     if known and b3 * b3 > b2 * (1 + 1e-6):
-        _warn_once(b2, b3)
+        # Once, for `optax.inject_hyperparams` rebuilds the optimizer at every trace. If
+        # the warning is an error, it has not been given.
+        with _lock:
+            if (b2, b3) not in _warned:
+                _warn(b2, b3)
+                _warned.add((b2, b3))
 
 
-@functools.cache
-def _warn_once(b2: float, b3: float) -> None:
-    # Cached, for `optax.inject_hyperparams` rebuilds the optimizer at every trace.
+_lock = threading.Lock()
+_warned: set[tuple[Scalar, Scalar]] = set()
+
+
+def _warn(b2: Scalar, b3: Scalar) -> None:
     warnings.warn(
         f"b3 = {b3:g} exceeds sqrt(b2) = {math.sqrt(b2):g}: the third moment outlives "
         "the second, and an isolated gradient can be followed by steps of hundreds of "
@@ -104,10 +113,10 @@ def _warn_once(b2: float, b3: float) -> None:
 
 
 def _frames_inside() -> int:
-    """Returns how many of the innermost frames belong to this package."""
+    """Returns how many of the innermost frames are this package's, or Optax's."""
     inside = 0
     frame: FrameType | None = sys._getframe(1)
-    while frame and frame.f_globals.get("__package__") == __package__:
+    while frame and frame.f_globals["__name__"].split(".")[0] in (__package__, "optax"):
         inside, frame = inside + 1, frame.f_back
     return inside
 
@@ -136,11 +145,14 @@ def _scalar(name: str, value: jax.typing.ArrayLike) -> Scalar:
         value, int | float | np.generic | np.ndarray | jax.Array
     ):
         raise TypeError(f"{wanted} {value!r}")
+    dtype = value.dtype if hasattr(value, "dtype") else np.dtype(type(value))
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{wanted} {value!r}, of type {dtype}")
     if np.shape(value) != ():
         raise ValueError(f"{wanted} an array of shape {np.shape(value)}")
-    dtype = jnp.result_type(value)
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{wanted} the type {dtype}")
     if isinstance(value, jax.core.Tracer):
         return value if jnp.issubdtype(dtype, jnp.floating) else value.astype(float)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -56,10 +56,8 @@ def coefficients(
     # 1 - b is taken before rounding, for Python numbers in double precision. At
     # b = .99999, 1 - float32(b) is off by 1e-3.
     a1, a2, a3 = (cast(1.0 - b) for b in (h.b1, h.b2, h.b3))
-    time = t.astype(dtype)
-    # 1 - bᵗ = -expm1(t·log b) keeps the digits that the subtraction would lose. The
-    # reciprocal is taken here, for XLA takes it for some shapes and not for others.
-    c1, c2, c3 = (-1.0 / jnp.expm1(time * jnp.log1p(-a)) for a in (a1, a2, a3))
+    # The reciprocal is taken here, for XLA takes it for some shapes, not for others.
+    c1, c2, c3 = (1.0 / _one_minus_power(a, t.astype(dtype)) for a in (a1, a2, a3))
     chosen = Hyperparameters(*map(cast, h))
     return Coefficients(*chosen, a1=a1, a2=a2, a3=a3, c1=c1, c2=c2, c3=c3)
 
@@ -112,6 +110,14 @@ def direction(
     """Returns u_t = (m̂ + b_t) / (sqrt(v̂ + eps_root) + eps)."""
     b = skewness_term(v, s, k, third_moment)
     return (m * k.c1 + b) / (jnp.sqrt(v * k.c2 + k.eps_root) + k.eps)
+
+
+def _one_minus_power(a: Scalar, t: jax.Array) -> jax.Array:
+    """Returns 1 - bᵗ for a = 1 - b, with the digits that the subtraction would lose."""
+    # b = 0 has no logarithm; t = 1 apart gives its derivative, too.
+    log_b = jnp.log1p(-jnp.where(a < 1.0, a, 0.0))
+    later = jnp.where(a < 1.0, -jnp.expm1(t * log_b), 1.0)
+    return jnp.where(t == 1.0, a, later)
 
 
 def _third_power(d: jax.Array, eps: Scalar, third_moment: ThirdMoment) -> jax.Array:

@@ -146,15 +146,15 @@ def scale_by_adam3(
         def step(path: Any, g: Any, m: Any, v: Any, s: Any) -> tuple[Any, ...]:
             if g is None:
                 return None, m, v, s
-            g = jnp.asarray(g)
+            g, m, v, s = map(jnp.asarray, (g, m, v, s))
             _check_gradient(path, g, m, v, s)
             dtype = computed_in(g, m, v, s)
             k = coefficients(dtype)
             g_t, m_t, v_t, s_t = (x.astype(dtype) for x in (g, m, v, s))
             m_t, v_t, s_t = _rule.update_moments(g_t, m_t, v_t, s_t, k, third_moment)
             u_t = _rule.direction(m_t, v_t, s_t, k, third_moment)
-            new = zip((u_t, m_t, v_t, s_t), (g, m, v, s), strict=True)
-            return tuple(x.astype(old.dtype) for x, old in new)
+            new = zip((m_t, v_t, s_t), (m, v, s), strict=True)
+            return u_t.astype(g.dtype), *(_cast(x, old.dtype) for x, old in new)
 
         treedef: Any
         leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=is_none)
@@ -185,6 +185,14 @@ def computed_in(*arrays: Any) -> np.dtype[Any]:
     """Returns float64 if one of the arrays has it, else float32."""
     wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
     return np.dtype(np.float64 if wide else np.float32)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a moment in its own type; finite also where that is narrower."""
+    if x.dtype != dtype:
+        bound = float(jnp.finfo(dtype).max) / 4
+        x = jnp.clip(x, -bound, bound)
+    return x.astype(dtype)
 
 
 def is_none(x: Any) -> bool:

@@ -37,8 +37,8 @@ def test_out_of_range(
 ) -> None:
     for value in values:
         within = allowed if allowed == "finite" else f"in {allowed}"
-        message = re.escape(f"{name} must be {within}, got ")
-        with pytest.raises(ValueError, match=f"^{message}") as caught:
+        message = re.escape(f"{name} must be {within}")
+        with pytest.raises(ValueError, match=f"^{message}.*, got ") as caught:
             factory(**{name: kind(value)})
         got = float(str(caught.value).split()[-1])
         np.testing.assert_allclose(got, value, rtol=1e-6)
@@ -47,7 +47,7 @@ def test_out_of_range(
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_non_finite_rates(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} must be finite, got"):
+    with pytest.raises(ValueError, match=rf"^{name} must be finite .*, got"):
         adam3w(**{name: value})  # type: ignore[arg-type]
 
 
@@ -63,7 +63,18 @@ def test_unknown_form_lists_the_three(factory: Any, value: Any) -> None:
 @FACTORIES
 @pytest.mark.parametrize("name", ["b1", "b2", "b3", "lam", "tau", "eps", "eps_root"])
 @pytest.mark.parametrize(
-    "value", ["0.5", None, True, 0.5j, [0.5], np.True_, np.complex64(0.5)]
+    "value",
+    [
+        "0.5",
+        None,
+        True,
+        0.5j,
+        [0.5],
+        np.True_,
+        np.complex64(0.5),
+        np.str_("1"),
+        np.array("1"),
+    ],
 )
 def test_no_number(factory: Any, name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be a real number"):
@@ -120,6 +131,12 @@ def test_traced_values_pass_unchecked() -> None:
     np.testing.assert_allclose(first_update(0.9, 1.0), [1, -1, 1], rtol=1e-2)
     np.testing.assert_allclose(first_update(0, 1), [1, -1, 1], rtol=1e-2)
     first_update(2.0, -1.0)
+
+
+@pytest.mark.parametrize("value", [1e39, 10**400, -(10**400)])
+def test_numbers_beyond_float32(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^lam must be finite \(in float32\), got"):
+        adam3(lam=value)
 
 
 def test_an_integer_is_a_number() -> None:
@@ -213,6 +230,7 @@ def test_blow_up_warns_once_over_rebuilds_at_traces() -> None:
             _, _ = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
             jax.jit(optimizer.init)(PARAMS[:size])
     assert [w.category for w in caught] == [BlowUpWarning]
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(

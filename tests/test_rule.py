@@ -163,6 +163,40 @@ def test_lam_zero_is_nearer_to_adam_than_optax(standard_promotion: None) -> None
     assert ulps(optax.scale_by_adam()) > 80
 
 
+@FORMS
+@pytest.mark.parametrize("size", [1e14, 1e21, 1e200])
+def test_wide_gradients_do_not_poison_a_narrow_state(
+    third_moment: Any, size: float, x64: None
+) -> None:
+    optimizer = scale_by_adam3(b2=0.9, b3=0.9, third_moment=third_moment)
+    state = optimizer.init(jnp.ones(1, jnp.float32))
+    for g in (size, *[-1e-3] * 3):
+        u, state = optimizer.update(jnp.full(1, g, jnp.float64), state)
+        assert u.dtype == jnp.float64
+        assert np.isfinite(u).all()
+        for moment in state[:3]:
+            assert moment.dtype == jnp.float32
+            assert np.isfinite(moment).all()
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["b1", "b2", "b3"])
+def test_derivatives_by_a_decay_of_zero(third_moment: Any, name: str) -> None:
+    def loss(b: jax.Array) -> jax.Array:
+        kwargs: Any = {"b1": 0.5, "b2": 0.5, "b3": 0.5, name: b}
+        optimizer = scale_by_adam3(
+            **kwargs, lam=0.5, tau=0.7, third_moment=third_moment
+        )
+        state, total = optimizer.init(jnp.zeros(2)), jnp.zeros(())
+        for g in ([1.0, -2.0], [3.0, -1.0], [-2.0, 0.5]):
+            u, state = optimizer.update(jnp.array(g), state)
+            total += u @ jnp.array([1.0, 2.0])
+        return total
+
+    at_zero, beside = (jax.grad(loss)(jnp.float32(b)) for b in (0.0, 1e-4))
+    np.testing.assert_allclose(at_zero, beside, rtol=0.02, atol=1e-3)
+
+
 @pytest.mark.parametrize("b", [0.0, 0.5, 0.9, 0.999, 0.9999, 0.99999])
 def test_bias_corrections_keep_their_digits(b: float) -> None:
     # 3 ulp, the bound that `reference.float32_bounds` builds on; the subtraction
