@@ -6,6 +6,9 @@ This AdaM3 averages the cubed deviation of the gradient. It is not the AdaM³ of
 al. (arXiv 2106.11514), which averages m² and has no third moment.
 """
 
+from adam3_optax._conversion import convert_state as convert_state
+from adam3_optax._conversion import from_adam_state as from_adam_state
+from adam3_optax._conversion import to_adam_state as to_adam_state
 from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
 from adam3_optax._optimizers import adam3 as adam3
 from adam3_optax._optimizers import adam3w as adam3w

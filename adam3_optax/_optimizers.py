@@ -10,7 +10,8 @@ import optax
 
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._rule import ThirdMoment
-from adam3_optax._transform import computed_in, is_none, scale_by_adam3
+from adam3_optax._storage import DTypeSetting, computed_in
+from adam3_optax._transform import is_none, scale_by_adam3
 
 
 def adam3(
@@ -24,6 +25,9 @@ def adam3(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     third_moment: ThirdMoment = "cubic",
+    m_dtype: DTypeSetting = None,
+    v_dtype: DTypeSetting = None,
+    s_dtype: DTypeSetting = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The AdaM3 optimizer: Adam with a third moment that shifts the momentum.
 
@@ -41,6 +45,9 @@ def adam3(
         eps: Added to the denominator; in [0, inf).
         eps_root: Added under the root of the denominator; in [0, inf).
         third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
+        m_dtype: How m rests between steps: None, `"float32"`, `"bfloat16"`, `"int8"`.
+        v_dtype: How v rests.
+        s_dtype: How s rests.
 
     Returns:
         A `GradientTransformationExtraArgs`. Updates have the gradients' type, whatever
@@ -67,7 +74,17 @@ def adam3(
     return _rounded_once(
         optax.chain(
             scale_by_adam3(
-                b1, b2, b3, lam, tau, eps, eps_root, third_moment=third_moment
+                b1,
+                b2,
+                b3,
+                lam,
+                tau,
+                eps,
+                eps_root,
+                third_moment=third_moment,
+                m_dtype=m_dtype,
+                v_dtype=v_dtype,
+                s_dtype=s_dtype,
             ),
             _scale_by_rate(learning_rate),
         )
@@ -87,6 +104,9 @@ def adam3w(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     third_moment: ThirdMoment = "cubic",
+    m_dtype: DTypeSetting = None,
+    v_dtype: DTypeSetting = None,
+    s_dtype: DTypeSetting = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`adam3` with decoupled weight decay, as `optax.adamw` is to `optax.adam`.
 
@@ -108,6 +128,9 @@ def adam3w(
             None decays all. Through `optax.inject_hyperparams`, name it in
             `static_args`, for a function would be taken for a schedule there.
         third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
+        m_dtype: How m rests between steps: None, `"float32"`, `"bfloat16"`, `"int8"`.
+        v_dtype: How v rests.
+        s_dtype: How s rests.
 
     Returns:
         A `GradientTransformationExtraArgs`, whose `update` needs the parameters. Types
@@ -142,7 +165,17 @@ def adam3w(
     return _rounded_once(
         optax.chain(
             scale_by_adam3(
-                b1, b2, b3, lam, tau, eps, eps_root, third_moment=third_moment
+                b1,
+                b2,
+                b3,
+                lam,
+                tau,
+                eps,
+                eps_root,
+                third_moment=third_moment,
+                m_dtype=m_dtype,
+                v_dtype=v_dtype,
+                s_dtype=s_dtype,
             ),
             _add_decayed_weights(weight_decay, mask),
             _scale_by_rate(learning_rate),

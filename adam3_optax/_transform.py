@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _rule
+from adam3_optax._rounding import random_bits
 from adam3_optax._rule import ThirdMoment
+from adam3_optax._storage import DTypeSetting, Float, computed_in, resting
 
 
 class ScaleByAdam3State(NamedTuple):
@@ -18,7 +19,7 @@ class ScaleByAdam3State(NamedTuple):
 
     Attributes:
         m: First moment: a tree like the parameters, of float32 (float64 for float64
-            parameters).
+            parameters), of bfloat16, or an `Int8` of two such trees.
         v: Second moment, likewise.
         s: Third moment, likewise.
         count: Steps taken: int32, of shape (). Stays at its maximum.
@@ -40,6 +41,9 @@ def scale_by_adam3(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     third_moment: ThirdMoment = "cubic",
+    m_dtype: DTypeSetting = None,
+    v_dtype: DTypeSetting = None,
+    s_dtype: DTypeSetting = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales gradients by AdaM3: Adam with a third moment that shifts the momentum.
 
@@ -77,6 +81,12 @@ def scale_by_adam3(
         eps_root: Added under the root of the denominator alone; in [0, inf). In units
             of g². Above 0, derivatives can be taken through steps at zero gradient.
         third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
+        m_dtype: How m rests between steps: None (float32, or float64 for float64
+            parameters), `"float32"`, `"bfloat16"` or `"int8"`, or the dtype of that
+            name (which `optax.inject_hyperparams` would take for a schedule; strings
+            pass). Arithmetic stays in float32. See `docs/low_precision.md`.
+        v_dtype: How v rests.
+        s_dtype: How s rests.
 
     Returns:
         A `GradientTransformationExtraArgs` with a `ScaleByAdam3State`. Arithmetic is in
@@ -86,9 +96,10 @@ def scale_by_adam3(
 
     Raises:
         ValueError: A hyperparameter out of range, or an array of one narrower than
-            float32; at init, complex parameters; at update, gradients whose structure,
-            shapes or types do not fit.
-        TypeError: A hyperparameter that is no number.
+            float32; an unknown way to rest; at init, complex parameters (and integer
+            ones with int8); at update, gradients whose structure, shapes or types do
+            not fit, or a state that rests in another way.
+        TypeError: A hyperparameter that is no number, or a way to rest that is one.
 
     Warns:
         BlowUpWarning: In the first two forms, once, if b3 > sqrt(b2).
@@ -120,10 +131,12 @@ def scale_by_adam3(
     tau = hp.scheduled(hp.threshold, "tau", tau)
     third_moment = hp.form(third_moment)
     hp.warn_of_blow_up(b2, b3, lam, third_moment)
+    settings = zip("mvs", (m_dtype, v_dtype, s_dtype), strict=True)
+    formats = [resting(moment, setting) for moment, setting in settings]
 
     def init(params: optax.Params) -> ScaleByAdam3State:
-        # Three trees of their own: one shared by m, v and s could not be donated.
-        m, v, s = (jax.tree.map_with_path(_zeros, params) for _ in range(3))
+        jax.tree.map_with_path(_check_parameter, params)
+        m, v, s = (f.zeros(params) for f in formats)
         return ScaleByAdam3State(m, v, s, jnp.zeros((), jnp.int32))
 
     def update(
@@ -140,59 +153,51 @@ def scale_by_adam3(
 
         # Once a step and type, not once a leaf: compile time would be spent on it.
         @functools.cache
-        def coefficients(dtype: np.dtype[Any]) -> _rule.Coefficients:
+        def coefficients(dtype: Any) -> _rule.Coefficients:
             return _rule.coefficients(h, count, dtype)
 
-        def step(path: Any, g: Any, m: Any, v: Any, s: Any) -> tuple[Any, ...]:
+        def step(index: int, path: Any, g: Any, *rests: Any) -> tuple[Any, ...]:
             if g is None:
-                return None, m, v, s
-            g, m, v, s = map(jnp.asarray, (g, m, v, s))
+                return None, *rests
+            g = jnp.asarray(g)
+            m, v, s = (f.load(rest) for f, rest in zip(formats, rests, strict=True))
             _check_gradient(path, g, m, v, s)
             dtype = computed_in(g, m, v, s)
             k = coefficients(dtype)
             g_t, m_t, v_t, s_t = (x.astype(dtype) for x in (g, m, v, s))
             m_t, v_t, s_t = _rule.update_moments(g_t, m_t, v_t, s_t, k, third_moment)
             u_t = _rule.direction(m_t, v_t, s_t, k, third_moment)
-            new = zip((m_t, v_t, s_t), (m, v, s), strict=True)
-            return u_t.astype(g.dtype), *(_cast(x, old.dtype) for x, old in new)
+            new = zip(formats, (m_t, v_t, s_t), rests, strict=True)
+            return u_t.astype(g.dtype), *(
+                f.store(x, rest, random_bits(count, 3 * index + i))
+                for i, (f, x, rest) in enumerate(new)
+            )
 
         treedef: Any
         leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=is_none)
-        fields = zip("mvs", state[:3], strict=True)
-        moments = [_like(treedef, name, field) for name, field in fields]
+        fields = zip(formats, "mvs", state[:3], strict=True)
+        rests = [_split(f, treedef, name, field) for f, name, field in fields]
         stepped = [
-            step(path, g, *mvs)
-            for (path, g), *mvs in zip(leaves, *moments, strict=True)
+            step(index, path, g, *mvs)
+            for index, ((path, g), *mvs) in enumerate(zip(leaves, *rests, strict=True))
         ]
-        u, m, v, s = (treedef.unflatten(x[i] for x in stepped) for i in range(4))
-        return u, ScaleByAdam3State(m, v, s, count)
+        u, *rests = ([x[i] for x in stepped] for i in range(4))
+        m, v, s = (
+            f.join(treedef, rest) for f, rest in zip(formats, rests, strict=True)
+        )
+        return treedef.unflatten(u), ScaleByAdam3State(m, v, s, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _zeros(path: Any, param: Any) -> jax.Array:
-    """Returns a moment at rest: strongly typed, sharded as the parameter is."""
-    if jnp.issubdtype(jnp.result_type(param), jnp.complexfloating):
+def _check_parameter(path: Any, param: Any) -> None:
+    """Raises where a parameter is complex."""
+    dtype = jnp.result_type(param)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is {jnp.result_type(param)}; AdaM3 "
-            "needs real parameters. Wrap the optimizer in "
-            "optax.contrib.split_real_and_imaginary."
+            f"params{jax.tree_util.keystr(path)} is {dtype}; AdaM3 needs real "
+            "parameters. Wrap the optimizer in optax.contrib.split_real_and_imaginary."
         )
-    return jnp.zeros_like(param, dtype=computed_in(param))
-
-
-def computed_in(*arrays: Any) -> np.dtype[Any]:
-    """Returns float64 if one of the arrays has it, else float32."""
-    wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
-    return np.dtype(np.float64 if wide else np.float32)
-
-
-def _cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a moment in its own type; finite also where that is narrower."""
-    if x.dtype != dtype:
-        bound = float(jnp.finfo(dtype).max) / 4
-        x = jnp.clip(x, -bound, bound)
-    return x.astype(dtype)
 
 
 def is_none(x: Any) -> bool:
@@ -200,10 +205,15 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
-def _like(treedef: Any, name: str, moment: optax.Updates) -> list[Any]:
-    """Returns the leaves of a moment, in the order of the gradients'."""
+def _split(f: Float, treedef: Any, name: str, field: Any) -> Any:
+    """Returns the leaves of a moment at rest, in the order of the gradients'."""
+    if not f.fits(field):
+        raise ValueError(
+            f"the state's {name} does not rest as {name}_dtype says; was it made with "
+            "another setting? adam3_optax.convert_state converts it."
+        )
     try:
-        return list(treedef.flatten_up_to(moment))
+        return f.split(treedef, field)
     except ValueError as error:
         raise ValueError(
             f"the gradients' tree does not fit the state's {name}; was the state made "

@@ -49,10 +49,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from adam3_optax import ScaleByAdam3State, adam3w
+from adam3_optax import adam3w, convert_state
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 2, 96, 4, 64, 16
 FORMS = ("cubic", "stabilized", "standardized")
+STATES: dict[str, dict[str, str]] = {  # how m, v and s rest: 12, 8, 6 or 3 bytes in all
+    "float32": {},
+    "mixed": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
+    "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),
+    "int8": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "int8"),
+}
 B1, B2, B3, LAM, TAU = 0.9, 0.999, 0.999, 0.01, 1.0
 SHORTEST = 10 * (CONTEXT + 1)  # its last tenth, held out, is one window to validate on
 SAMPLE, TEMPERATURE = 400, 0.8
@@ -220,9 +226,9 @@ def median_ratio(state: optax.OptState, form: str) -> float | None:
 
     None where there is no third moment.
     """
-    found = optax.tree.get(state, "ScaleByAdam3State")
-    if not isinstance(found, ScaleByAdam3State):
+    if optax.tree.get(state, "ScaleByAdam3State") is None:
         return None
+    found: Any = optax.tree.get(convert_state(state), "ScaleByAdam3State")
     m, v, s = (
         np.concatenate([x.ravel() for x in jax.tree.leaves(tree)], dtype=np.float64)
         for tree in (found.m, found.v, found.s)
@@ -361,6 +367,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Corpus]:
     add("--steps", type=number(int, 1, 1e9), default=1500, help="default: %(default)s")
     add("--seed", type=number(int, 0, 1e9), default=0, help="default: %(default)s")
     add("--form", choices=FORMS, default=FORMS[-1], help="default: %(default)s")
+    add("--state", choices=STATES, default="float32", help="default: %(default)s")
     add(
         "--lr", type=number(float, 1e-9, 1e3), default=4e-3, help="default: %(default)s"
     )
@@ -407,7 +414,8 @@ def main(argv: list[str] | None = None) -> int:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, options.lr, warm_up, options.steps, end_value=options.lr / 10
     )
-    ours = adam3w(rate, B1, B2, B3, LAM, TAU, third_moment=options.form)
+    resting: dict[str, Any] = STATES[options.state]
+    ours = adam3w(rate, B1, B2, B3, LAM, TAU, third_moment=options.form, **resting)
     arms = (("AdaM3W", options.form, ours), ("AdamW", "-", optax.adamw(rate, B1, B2)))
     runs: list[Run] = []
     with first_interrupt_noted() as interrupted:

@@ -169,6 +169,7 @@ BAD = {
     "--lr -1": "argument --lr: must be a number from 1e-09",
     "--lr nan": "argument --lr: must be a number from 1e-09",
     "--lr inf": "argument --lr: must be a number from 1e-09",
+    "--state float8": "argument --state: invalid choice: 'float8'",
     "--form quartic": "argument --form: invalid choice: 'quartic'",
     "--form": "argument --form: expected one argument",
     "--stepz 3": "unrecognized arguments: --stepz 3",
@@ -239,3 +240,13 @@ def test_digits_are_recognized(tmp_path: Path) -> None:
     accuracy = re.fullmatch(r"test accuracy (\d+\.\d)%", last)
     assert accuracy
     assert float(accuracy[1]) >= 95
+
+
+def test_low_precision_state_costs_no_accuracy_here(tmp_path: Path) -> None:
+    _, *rows = run(tmp_path, "low_precision.py").splitlines()
+    found = {row[:14].strip(): [*map(float, row[14:].split())] for row in rows}
+    sizes = [size for size, _ in found.values()]
+    assert sizes == [12.0, 8.0, 6.0, pytest.approx(3.16, abs=0.01)]
+    exact = found["all float32"][1]
+    for _, loss in found.values():
+        assert loss == pytest.approx(exact, rel=0.02)

@@ -1,0 +1,220 @@
+"""How a moment rests between steps: in float32, in bfloat16, or in 8 bits with scales.
+
+The rule sees float32 arrays alone and never knows. To add a format, write a class with
+the methods of `Float` and enter it in `FORMATS`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam3_optax import _rounding
+from adam3_optax._rounding import RandomBits
+
+POWERS = {"m": 1, "v": 2, "s": 3}  # of the gradient, in each moment
+
+DTypeSetting = Any  # None, "float32", "bfloat16", "int8", or the dtype of that name
+
+
+class Int8(NamedTuple):
+    """A moment of 8-bit codes: a struct of trees, each like the parameters.
+
+    Attributes:
+        codes: int8 (uint8 for v), in the parameters' shapes; small leaves float32.
+        scale: float32, one number a row: the parameters' shapes with a last axis of 1.
+    """
+
+    codes: Any
+    scale: Any
+
+
+class Float:
+    """At rest as it is computed: float32, or float64 for float64 parameters."""
+
+    dtypes: tuple[Any, ...] = (jnp.float32, jnp.float64)
+
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+
+    def zeros(self, params: Any) -> Any:
+        """Returns the moment before the first step, as a field of the state.
+
+        Strongly typed, sharded as the parameters are, and in buffers of its own.
+        """
+        return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self._dtype(p)), params)
+
+    def _dtype(self, param: Any) -> Any:
+        computed = computed_in(param)
+        return computed if computed in self.dtypes else self.dtypes[0]
+
+    def fits(self, field: Any) -> bool:
+        """Returns whether a field of a state is of this format."""
+        leaves = jax.tree.leaves(field)
+        return all(jnp.result_type(x) in self.dtypes for x in leaves)
+
+    def split(self, treedef: Any, field: Any) -> Sequence[Any]:
+        """Returns the leaves at rest, in the order of the gradients'."""
+        return treedef.flatten_up_to(field)
+
+    def join(self, treedef: Any, rests: Sequence[Any]) -> Any:
+        """Returns the field of the state again."""
+        return treedef.unflatten(rests)
+
+    def load(self, rest: Any) -> jax.Array:
+        """Returns the moment, in float32 or wider."""
+        return jnp.asarray(rest).astype(computed_in(rest))
+
+    def store(self, x: jax.Array, rest: Any, bits: RandomBits) -> Any:
+        """Returns the moment at rest, in the type of `rest`, where it rested before."""
+        return narrowed(x, jnp.result_type(rest))
+
+
+class Float32(Float):
+    """At rest in float32, also for float64 parameters."""
+
+    dtypes = (jnp.float32,)
+
+
+class BFloat16(Float):
+    """At rest in bfloat16, rounded stochastically: to nearest, slow averages freeze."""
+
+    dtypes = (jnp.bfloat16,)
+
+    def store(self, x: jax.Array, rest: Any, bits: RandomBits) -> Any:
+        return _rounding.to_bfloat16(narrowed(x, jnp.float32), bits)
+
+
+class Int8Rows(Float):
+    """At rest as 8-bit roots, in gradient units, with a scale for each row.
+
+    m, sqrt(v) and the signed cbrt(s) become codes: multiples of the scale, which is the
+    largest root of the row over the largest code. Those of m are rounded to nearest;
+    those of v and s so that the moment, not its root, is right on average, and those of
+    a nonzero v to at least 1, for an update divides by it. Pure decay of a row moves
+    its scale alone, and is exact.
+
+    Leaves of fewer than two axes, or whose rows have fewer than 16 elements, rest in
+    float32: biases and norms, a per cent of a model, and rows too short for a scale.
+    """
+
+    def __init__(self, moment: str) -> None:
+        super().__init__(moment)
+        self.power = POWERS[moment]
+        # v has no sign, and gets twice the codes for it.
+        self.dtype, self.largest = (
+            (jnp.uint8, 255.0) if self.power == 2 else (jnp.int8, 127.0)
+        )
+
+    def zeros(self, params: Any) -> Any:
+        codes = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self._dtype(p)), params)
+        return Int8(codes, jax.tree.map(_row_maxima, codes))
+
+    def _dtype(self, param: Any) -> Any:
+        if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
+            raise ValueError(
+                f"{self.moment}_dtype='int8' needs real floating parameters, got "
+                f"{jnp.result_type(param)}; leave such leaves out with optax.masked"
+            )
+        small = jnp.ndim(param) < 2 or jnp.shape(param)[-1] < 16
+        return jnp.float32 if small else self.dtype
+
+    def fits(self, field: Any) -> bool:
+        codes = jax.tree.leaves(field.codes) if isinstance(field, Int8) else [0.5j]
+        return all(jnp.result_type(x) in (self.dtype, jnp.float32) for x in codes)
+
+    def split(self, treedef: Any, field: Any) -> Sequence[Any]:
+        parts = (treedef.flatten_up_to(part) for part in field)
+        return [Int8(*rest) for rest in zip(*parts, strict=True)]
+
+    def join(self, treedef: Any, rests: Sequence[Any]) -> Any:
+        codes, scale = zip(*rests, strict=True) if rests else ((), ())
+        return Int8(treedef.unflatten(codes), treedef.unflatten(scale))
+
+    def load(self, rest: Any) -> jax.Array:
+        if rest.codes.dtype != self.dtype:
+            return rest.codes
+        return (rest.codes.astype(jnp.float32) * rest.scale) ** self.power
+
+    def store(self, x: jax.Array, rest: Any, bits: RandomBits) -> Any:
+        x = narrowed(x, jnp.float32)
+        if rest.codes.dtype != self.dtype:
+            return Int8(x, rest.scale)
+        root = _root(x, self.power)
+        scale = _row_maxima(jnp.abs(root)) / self.largest
+        size = jnp.abs(root) / jnp.where(scale > 0, scale, 1.0)
+        if self.power == 1:  # m is fast, and noise in it goes straight to the update
+            codes = jnp.round(size)
+        else:
+            codes = _rounding.to_integer(size, self.power, bits)
+        if self.power == 2:
+            codes = jnp.maximum(codes, jnp.sign(x))
+        codes = jnp.sign(root) * jnp.minimum(codes, self.largest)
+        return Int8(codes.astype(self.dtype), scale)
+
+
+FORMATS: dict[str | None, Callable[[str], Float]] = {
+    None: Float,
+    "float32": Float32,
+    "bfloat16": BFloat16,
+    "int8": Int8Rows,
+}
+
+
+def resting(moment: str, setting: DTypeSetting) -> Float:
+    """Returns the format of a moment, from a user's setting."""
+    name = f"{moment}_dtype"
+    if isinstance(
+        setting, bool | int | float | complex | np.generic | np.ndarray | jax.Array
+    ):
+        raise TypeError(
+            f"{name} must be None, a string or a dtype, got {setting!r}. With "
+            f"optax.inject_hyperparams, pass a string, or static_args={name!r}."
+        )
+    known = setting
+    if setting is not None and not isinstance(setting, str):
+        try:
+            known = jnp.dtype(setting).name
+        except TypeError:
+            known = repr(setting)
+    if known not in FORMATS:
+        allowed = ", ".join(map(repr, FORMATS))
+        why = (
+            ": in float16, (g - m)³ underflows at |g| = 1e-3"
+            if known == "float16"
+            else ""
+        )
+        raise ValueError(f"{name} must be one of {allowed}, got {known!r}{why}")
+    return FORMATS[known](moment)
+
+
+def computed_in(*arrays: Any) -> np.dtype[Any]:
+    """Returns float64 if one of the arrays has it, else float32."""
+    wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a moment in a type, finite also where that is the narrower one."""
+    if x.dtype != dtype:
+        bound = float(jnp.finfo(dtype).max) / 4
+        x = jnp.clip(x, -bound, bound)
+    return x.astype(dtype)
+
+
+def _row_maxima(x: jax.Array) -> jax.Array:
+    """Returns the largest element of each row, in float32; one axis is kept for it."""
+    if x.ndim == 0:
+        return x.astype(jnp.float32)
+    return jnp.max(x, axis=-1, keepdims=True, initial=0).astype(jnp.float32)
+
+
+def _root(x: jax.Array, power: int) -> jax.Array:
+    match power:
+        case 1:
+            return x
+        case 2:
+            return jnp.sqrt(x)
+    return jnp.cbrt(x)

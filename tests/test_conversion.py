@@ -1,0 +1,141 @@
+"""From a running Adam to AdaM3 and back, and between storage settings."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adam3_optax import (
+    ScaleByAdam3State,
+    adam3,
+    adam3w,
+    convert_state,
+    from_adam_state,
+    to_adam_state,
+)
+
+rng = np.random.default_rng(0)
+PARAMS = {"w": jnp.asarray(rng.normal(size=(4, 32)), jnp.float32), "b": jnp.zeros(4)}
+GRADIENTS = [
+    jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
+    for _ in range(8)
+]
+INT8: Any = dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "int8")
+BF16: Any = dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def _standard(standard_promotion: None) -> None:
+    """Optax's Adam needs it."""
+
+
+def train(optimizer: Any, params: Any, state: Any, gradients: Any) -> Any:
+    for g in gradients:
+        updates, state = jax.jit(optimizer.update)(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def kinds(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+SCHEDULE = optax.linear_schedule(1e-2, 0.0, 100)
+CHAINS = {
+    "alone": (optax.adam(1e-2), adam3),
+    "decayed": (optax.adamw(SCHEDULE), adam3w),
+    "clipped": (optax.chain(optax.clip(1.0), optax.adamw(SCHEDULE)), adam3w),
+    "masked": (optax.masked(optax.adam(1e-2), {"w": True, "b": False}), adam3),
+    "steps": (optax.MultiSteps(optax.adamw(SCHEDULE), 2), adam3w),
+}
+
+
+@pytest.mark.parametrize("setting", [{}, BF16, INT8, {"s_dtype": "bfloat16"}])
+@pytest.mark.parametrize("name", CHAINS)
+def test_switch_in_mid_training(name: str, setting: Any) -> None:
+    adam, factory = CHAINS[name]
+    rate = 1e-2 if factory is adam3 else SCHEDULE
+    ours: Any = factory(rate, third_moment="standardized", **setting)
+    if name == "clipped":
+        ours = optax.chain(optax.clip(1.0), ours)
+    elif name == "masked":
+        ours = optax.masked(ours, {"w": True, "b": False})
+    elif name == "steps":
+        ours = optax.MultiSteps(ours, 2)
+    params, state = train(adam, PARAMS, adam.init(PARAMS), GRADIENTS[:4])
+    switched = from_adam_state(state, **setting)
+    assert kinds(switched) == kinds(ours.init(PARAMS))
+    assert optax.tree.get(switched, "ScaleByAdam3State") is not None
+    for count in optax.tree.get_all_with_path(switched, "count"):
+        assert int(count[1]) in (2, 4)
+    train(ours, params, switched, GRADIENTS[4:])
+
+
+def test_with_lam_zero_the_switch_changes_nothing() -> None:
+    adam, ours = optax.adamw(1e-2), adam3w(1e-2, lam=0.0)
+    params, state = train(adam, PARAMS, adam.init(PARAMS), GRADIENTS[:4])
+    expected = train(adam, params, state, GRADIENTS[4:])
+    got = train(ours, params, from_adam_state(state), GRADIENTS[4:])
+    back = to_adam_state(got[1])
+    structure: Any = jax.tree.structure(back)
+    assert structure == jax.tree.structure(expected[1])
+    for x, y in zip(*map(jax.tree.leaves, (got[0], expected[0])), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    for x, y in zip(*map(jax.tree.leaves, (back, expected[1])), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_way_back_takes_a_type_for_mu() -> None:
+    state = adam3w(1e-2, **INT8).init(PARAMS)
+    back = to_adam_state(state, mu_dtype=jnp.bfloat16)
+    assert kinds(back) == kinds(optax.adamw(1e-2, mu_dtype=jnp.bfloat16).init(PARAMS))
+
+
+@pytest.mark.parametrize("setting", [BF16, INT8])
+def test_converting_there_and_back_keeps_the_moments(setting: Any) -> None:
+    ours = adam3(1e-2)
+    _, state = train(ours, PARAMS, ours.init(PARAMS), GRADIENTS)
+    low = convert_state(state, **setting)
+    assert kinds(low) == kinds(adam3(1e-2, **setting).init(PARAMS))
+    again = convert_state(convert_state(low), **setting)
+    for x, y in zip(*map(jax.tree.leaves, (again, low)), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-6
+        )
+    full = convert_state(low)
+    for name in ("m", "v", "s"):
+        exact = getattr(state[0], name)["w"]
+        error = np.abs(getattr(full[0], name)["w"] - exact)
+        assert np.max(error) < 0.05 * np.max(np.abs(exact))
+
+
+def test_s_fades_in_after_the_switch() -> None:
+    # k steps after the switch the term has grown to 1 - b3ᵏ of what it becomes.
+    ours = adam3(1e-2, b3=0.9, third_moment="standardized")
+    zeros = jnp.zeros(20_000)
+    adam3_state = ScaleByAdam3State(zeros, zeros + 2.0, zeros, jnp.int32(100_000))
+    state: Any = (adam3_state, optax.EmptyState())
+    key = jax.random.key(0)
+    update = jax.jit(ours.update)
+    means = {}
+    for k in range(1, 61):
+        g = jax.random.exponential(jax.random.fold_in(key, k), zeros.shape) - 1.0
+        _, state = update(g, state)
+        means[k] = float(state[0].s.mean())
+    end = np.mean([means[k] for k in range(50, 61)])
+    for k in (5, 10, 20):
+        assert means[k] / end == pytest.approx(1 - 0.9**k, abs=0.2)
+
+
+@pytest.mark.parametrize("convert", [from_adam_state, to_adam_state, convert_state])
+def test_nothing_to_convert(convert: Any) -> None:
+    with pytest.raises(ValueError, match=r"there is no ScaleByAdam3?State"):
+        convert(optax.sgd(0.1, momentum=0.9).init(PARAMS))
+
+
+def test_unknown_setting() -> None:
+    with pytest.raises(ValueError, match=r"^v_dtype must be one of"):
+        from_adam_state(optax.adam(0.1).init(PARAMS), v_dtype="int4")

@@ -1,0 +1,147 @@
+"""Stochastic rounding: unbiased, between neighbours, and the same for the same step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from adam3_optax._rounding import random_bits, to_bfloat16, to_integer
+
+DRAWS = 100_000
+
+
+def floats(patterns: Any) -> Any:
+    return np.asarray(patterns, np.uint32).view(np.float32)
+
+
+def fixed(bits: int) -> Any:
+    return lambda x: jnp.full(x.shape, bits, jnp.uint32)
+
+
+@pytest.mark.parametrize(
+    "value", [1 + 2**-9, 1 + 2**-16, -3.14159, 1e-30, 6.5e37, 0.999, -1e-3]
+)
+def test_bfloat16_is_unbiased(value: float) -> None:
+    x = np.float32(value)
+    rounded = to_bfloat16(jnp.full(DRAWS, x), random_bits(7, 3))
+    draws = np.asarray(rounded, np.float64)
+    gap = np.ptp(draws)
+    # Two values a gap apart, drawn with chance p, have the standard error below.
+    p = abs(draws.mean() - draws.min()) / gap if gap else 0.0
+    error = gap * np.sqrt(p * (1 - p) / DRAWS)
+    assert abs(draws.mean() - x) <= 4.5 * error + 2e-5 * gap + 1e-45
+
+
+def test_bfloat16_rounds_to_a_neighbour_at_every_exponent() -> None:
+    # Both signs, all exponents, the lowest, middle and highest mantissas of bfloat16.
+    signs, exponents = np.array([0, 1]) << 31, np.arange(1, 255) << 23
+    mantissas = np.array([0, 1, 63, 64, 126, 127]) << 16
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    patterns = (
+        signs[:, None, None, None] | exponents[:, None, None] | mantissas[:, None] | low
+    ).ravel()
+    x = floats(patterns)
+    below = floats(patterns & 0xFFFF0000)
+    with np.errstate(over="ignore"):
+        above = floats((patterns & 0xFFFF0000) + 0x10000)
+    above = np.where(np.isfinite(above), above, below)
+    seen = []
+    for step in range(40):
+        y = np.asarray(to_bfloat16(jnp.asarray(x), random_bits(step)), np.float32)
+        exact = (patterns & 0xFFFF) == 0
+        assert np.all((y == below) | ((y == above) & ~exact))
+        seen.append(y == above)
+    share = np.mean(seen, axis=0)
+    middle = ((patterns & 0xFFFF) == 0x8000) & (above != below)
+    assert abs(share[middle].mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("upper", [0x3F80, 0xBF80, 0x0080, 0x4049, 0x7F7E, 0xC2F7])
+def test_bfloat16_carries_for_every_low_half(upper: int) -> None:
+    # The chance of the upper neighbour is low/65536 to the digit: of the 65,536 values
+    # of the random half, just those from 65,536 - low on carry.
+    low = np.arange(65536, dtype=np.uint32)
+    x = jnp.asarray(floats((np.uint32(upper) << 16) | low))
+    for r in [
+        0,
+        1,
+        2,
+        255,
+        256,
+        0x7FFF,
+        0x8000,
+        0xFFFE,
+        0xFFFF,
+        *range(3, 65536, 2311),
+    ]:
+        y = np.asarray(to_bfloat16(x, fixed(r << 16 | 0xABC)))
+        got = y.view(np.uint16)
+        np.testing.assert_array_equal(got, upper + (low + r >= 65536))
+
+
+def test_bfloat16_keeps_the_special_values() -> None:
+    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    x = [np.inf, -np.inf, np.nan, 0.0, -0.0, largest, -largest]
+    for r in (0, 0xFFFFFFFF):
+        y = np.asarray(to_bfloat16(jnp.asarray(x, jnp.float32), fixed(r)), np.float32)
+        np.testing.assert_array_equal(y, np.asarray(x, np.float32))
+        assert np.signbit(y[4])
+        # Past it, nothing finite becomes infinite.
+        past = jnp.asarray([np.finfo(np.float32).max, -np.finfo(np.float32).max])
+        y = np.asarray(to_bfloat16(past, fixed(r)), np.float32)
+        np.testing.assert_array_equal(y, [largest, -largest])
+
+
+@pytest.mark.parametrize("power", [2, 3])
+def test_integers_are_unbiased_in_the_power(power: int) -> None:
+    for root in (0.0, 0.2, 0.9, 1.5, 17.3, 99.99, 126.5):
+        whole = to_integer(jnp.full(DRAWS, root, jnp.float32), power, random_bits(1, 2))
+        draws = np.asarray(whole, np.float64)
+        assert set(np.unique(draws)) <= {np.floor(root), np.ceil(root)}
+        powers = draws**power
+        error = powers.std() / np.sqrt(DRAWS)
+        assert (
+            abs(powers.mean() - np.float32(root) ** power) <= 4.5 * error + 1e-3 * root
+        )
+
+
+def test_whole_numbers_stay() -> None:
+    k = jnp.arange(256.0)
+    for power in (2, 3):
+        for rounding_error in (1.0, 1 - 2e-7, 1 + 2e-7):
+            for r in (0, 0xFFFFFFFF):
+                got = to_integer(k * jnp.float32(rounding_error), power, fixed(r))
+                np.testing.assert_array_equal(got, k)
+
+
+def test_random_bits_are_uniform_and_independent() -> None:
+    x = jnp.zeros((1000, 1000))
+    streams = [np.asarray(random_bits(*i)(x)).ravel() for i in [(1, 0), (2, 0), (1, 1)]]
+    for bits in streams:
+        each = [np.mean(bits >> i & 1) for i in range(32)]
+        assert np.max(np.abs(np.array(each) - 0.5)) < 0.0025  # 5 standard errors
+        counts = np.bincount(bits >> 20, minlength=4096)
+        chi2 = np.sum((counts - counts.mean()) ** 2) / counts.mean()
+        assert abs(chi2 - 4095) < 5 * np.sqrt(2 * 4095)
+        assert len(np.unique(bits)) == bits.size  # the hash is a bijection of the index
+        for lag in (1, 2, 1000, 1001):  # neighbours in rows and columns
+            assert (
+                abs(np.corrcoef(bits[lag:] / 2**32, bits[:-lag] / 2**32)[0, 1]) < 5e-3
+            )
+    for i, a in enumerate(streams):
+        for b in streams[:i]:
+            assert abs(np.corrcoef(a / 2**32, b / 2**32)[0, 1]) < 5e-3
+
+
+def test_random_bits_depend_on_the_index_not_on_the_layout() -> None:
+    flat = random_bits(5, 9)(jnp.zeros(24))
+    np.testing.assert_array_equal(random_bits(5, 9)(jnp.zeros((2, 3, 4))).ravel(), flat)
+    np.testing.assert_array_equal(
+        jax.jit(random_bits(5, 9))(jnp.zeros((4, 6))).ravel(), flat
+    )
+    batched = jax.vmap(random_bits(5, 9))(jnp.zeros((3, 24)))
+    np.testing.assert_array_equal(batched, np.tile(flat, (3, 1)))
+    assert random_bits(5, 9)(jnp.zeros(())).shape == ()
