@@ -25,7 +25,7 @@ import char_lm
 
 from adam3_optax import adam3w
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16 m, s": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
     "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),

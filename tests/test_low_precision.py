@@ -19,7 +19,7 @@ import adam3_optax
 from adam3_optax import adam3, adam3w, scale_by_adam3
 from adam3_optax._rule import THIRD_MOMENTS
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "adams-memory": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
     "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),
     "int8": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "int8"),
