@@ -13,6 +13,7 @@ from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
 from adam3_optax._optimizers import adam3 as adam3
 from adam3_optax._optimizers import adam3w as adam3w
 from adam3_optax._rule import ThirdMoment as ThirdMoment
+from adam3_optax._sharding import state_shardings as state_shardings
 from adam3_optax._transform import ScaleByAdam3State as ScaleByAdam3State
 from adam3_optax._transform import scale_by_adam3 as scale_by_adam3
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam3_optax._rounding import random_bits
-from adam3_optax._storage import DTypeSetting, Float, Int8, resting
+from adam3_optax._rounding import random_bits, stream
+from adam3_optax._storage import DTypeSetting, Float, format_of, resting
 from adam3_optax._transform import ScaleByAdam3State
 
 
@@ -23,7 +23,11 @@ def from_adam_state(
     Every `optax.ScaleByAdamState` in `state` (in chains, masks, or multi-step states)
     becomes a `ScaleByAdam3State` with m = mu, v = nu, the same count, and s = 0. All
     else (counts of schedules, say) stays. So the state of `optax.adamw(schedule)`
-    becomes one for `adam3w(schedule)` with the same settings.
+    becomes one for `adam3w(schedule)` with the same settings. Buffers are shared with
+    the old state where nothing had to change: donate only one of the two.
+
+    `optax.adamax` has the same type of state, but its nu is no second moment, and gives
+    nonsense here.
 
     At a large count s = 0 is no estimate yet, and its bias correction 1 - b3ᵗ is near
     1. So k steps after the switch ŝ is 1 - b3ᵏ of what it will be: the skewness term
@@ -39,7 +43,9 @@ def from_adam_state(
         The state, with the Adam states replaced.
 
     Raises:
-        ValueError: No `ScaleByAdamState` in `state`; an unknown setting.
+        ValueError: No `ScaleByAdamState` in `state`, or one in a state of
+            `optax.inject_hyperparams`, which holds Adam's hyperparameters (the message
+            says what to do); an unknown setting.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -57,6 +63,7 @@ def from_adam_state(
         s = jax.tree.map(jnp.zeros_like, adam.nu)
         return _rest(formats, (adam.mu, adam.nu, s), adam.count)
 
+    _check_not_injected(state, optax.ScaleByAdamState, "from_adam_state")
     return _replace(state, optax.ScaleByAdamState, convert)
 
 
@@ -67,14 +74,15 @@ def to_adam_state(
 
     Args:
         state: An optimizer state, with m, v and s resting in any way.
-        mu_dtype: The type of mu, as in `optax.adam`; None keeps float32.
+        mu_dtype: The type of mu, as in `optax.adam`; None keeps the type computed in.
 
     Returns:
         The state, with every `ScaleByAdam3State` replaced by a `ScaleByAdamState` with
         mu = m, nu = v and the same count. s is dropped.
 
     Raises:
-        ValueError: No `ScaleByAdam3State` in `state`.
+        ValueError: No `ScaleByAdam3State` in `state`, or one in a state of
+            `optax.inject_hyperparams`.
     """
 
     def convert(adam3: ScaleByAdam3State) -> optax.ScaleByAdamState:
@@ -83,6 +91,7 @@ def to_adam_state(
             mu = jax.tree.map(lambda x: x.astype(mu_dtype), mu)
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
 
+    _check_not_injected(state, ScaleByAdam3State, "to_adam_state")
     return _replace(state, ScaleByAdam3State, convert)
 
 
@@ -122,9 +131,8 @@ def _formats(*settings: DTypeSetting) -> list[Float]:
 
 def _load(moment: str, field: Any) -> Any:
     """Returns a tree of the moment itself, however it rests."""
-    quantized = isinstance(field, Int8)
-    f = resting(moment, "int8" if quantized else None)
-    treedef: Any = jax.tree.structure(field.codes if quantized else field)
+    f = format_of(moment, field)
+    treedef = f.structure(field)
     return treedef.unflatten(map(f.load, f.split(treedef, field)))
 
 
@@ -136,7 +144,7 @@ def _rest(formats: list[Float], moments: Any, count: jax.Array) -> ScaleByAdam3S
         rests = f.split(treedef, f.zeros(tree))
         pairs = enumerate(zip(leaves, rests, strict=True))
         stored = [
-            f.store(x, rest, random_bits(count, 3 * index + i))
+            f.store(x, rest, random_bits(count, stream(3 * index + i)))
             for index, (x, rest) in pairs
         ]
         return f.join(treedef, stored)
@@ -146,11 +154,29 @@ def _rest(formats: list[Float], moments: Any, count: jax.Array) -> ScaleByAdam3S
 
 
 def _replace(state: optax.OptState, kind: Any, convert: Any) -> optax.OptState:
-    def is_kind(x: Any) -> bool:
-        return isinstance(x, kind)
-
-    if not any(map(is_kind, jax.tree.leaves(state, is_leaf=is_kind))):
+    """Returns the state with every state of a kind converted."""
+    if not _holds(state, kind):
         raise ValueError(f"there is no {kind.__name__} in the optimizer's state")
     return jax.tree.map(
-        lambda x: convert(x) if is_kind(x) else x, state, is_leaf=is_kind
+        lambda x: convert(x) if isinstance(x, kind) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, kind),
     )
+
+
+def _holds(state: optax.OptState, kind: Any) -> bool:
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return any(isinstance(x, kind) for x in leaves)
+
+
+def _check_not_injected(state: optax.OptState, kind: Any, name: str) -> None:
+    """Raises where the other optimizer would go on with this one's hyperparameters."""
+    injected = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, injected)):
+        if isinstance(x, injected) and _holds(x.inner_state, kind):
+            raise ValueError(
+                "the state of optax.inject_hyperparams holds the hyperparameters of "
+                "the other optimizer, too. Make a new one, and convert what is inside: "
+                "new.init(params)._replace(count=state.count, "
+                f"inner_state={name}(state.inner_state))"
+            )

@@ -11,28 +11,35 @@ from jax import lax
 RandomBits = Callable[[jax.Array], jax.Array]
 
 
-def random_bits(*identity: jax.Array | int) -> RandomBits:
+def stream(number: int) -> np.ndarray:
+    """Returns what tells the randomness of one moment of one leaf from the others'."""
+    return np.random.SeedSequence(number).generate_state(2)
+
+
+def random_bits(
+    count: jax.typing.ArrayLike, stream: jax.typing.ArrayLike
+) -> RandomBits:
     """Returns a function that makes 32 random bits for each element of an array.
 
-    They depend on the identity (integers: count, leaf, moment) and on the element's
-    index alone. So the state needs no key, a resumed run repeats the straight one, and
-    replicas and shards agree. Plain integer arithmetic fuses, and lowers everywhere.
+    They depend on the count, the stream and the element's index alone. So the state
+    needs no key, a resumed run repeats the straight one, and replicas and shards agree.
+    Plain integer arithmetic fuses, and lowers everywhere.
     """
+    count = jnp.asarray(count).astype(jnp.uint32)
+    seed = _mix(count * np.uint32(0x9E3779B9))
+    # One of two constants, by the parity of the count. The compiler cannot fold the
+    # choice, so that leaves of one shape share one kernel: a number of the leaf's own
+    # inside it makes compiling 1,000 leaves several times slower.
+    own = lax.dynamic_index_in_dim(jnp.asarray(stream), count % 2, keepdims=False)
 
     def bits(x: jax.Array) -> jax.Array:
-        seed = jnp.uint32(0)
-        for part in identity:
-            seed = _mix(seed + jnp.asarray(part).astype(jnp.uint32) * _GOLDEN)
-        index = jnp.uint32(0)
+        index = seed
         for axis in range(x.ndim):
             stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
             index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-        return _mix(index * _GOLDEN + seed)
+        return _mix(index ^ own)
 
     return bits
-
-
-_GOLDEN = np.uint32(0x9E3779B9)  # odd, so that no two indices below 2³² collide
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -47,25 +54,28 @@ def to_bfloat16(x: jax.Array, bits: RandomBits) -> jax.Array:
     # The upper half of a float32 is a bfloat16. Adding 16 random bits to the lower half
     # carries into the upper with just the right probability.
     pattern = lax.bitcast_convert_type(x, jnp.uint32)
-    rounded = _upper_half(pattern + (bits(x) >> 16))
-    # Nothing is carried past the largest finite number, nor from infinities and NaN.
-    kept = jnp.where(jnp.isnan(x), x.astype(jnp.bfloat16), _upper_half(pattern))
-    return jnp.where(jnp.isfinite(rounded), rounded, kept)
+    size = pattern & 0x7FFFFFFF  # without the sign; in the order of |x|
+    carried = pattern + jnp.where(size < _LARGEST, bits(x) >> 16, 0)
+    # The bits that make it a NaN may all be in the lower half.
+    carried |= jnp.where(size > _INFINITY, jnp.uint32(0x400000), 0)
+    return lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _upper_half(pattern: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type((pattern >> 16).astype(jnp.uint16), jnp.bfloat16)
+_LARGEST = np.uint32(0x7F7F0000)  # of bfloat16: nothing is carried past it
+_INFINITY = np.uint32(0x7F800000)
 
 
 def to_integer(root: jax.Array, power: int, bits: RandomBits) -> jax.Array:
-    """Rounds root >= 0 to an integer neighbour k; kᵖ is rootᵖ on average, p = 2, 3."""
-    # Within 1e-4 of an integer it is that integer: what was stored once stays as it is.
-    k = jnp.floor(root + 1e-4)
-    f = jnp.where(root - k < 1e-4, 0.0, root - k)
+    """Rounds root >= 0 to a neighbouring integer k; kᵖ is rootᵖ on average, p ≤ 3."""
+    # Within some ulps of an integer it is that integer: what was stored once stays as
+    # it is. Not within more, or an average whose decay is near 1 would not move.
+    ulps = 1e-6 * root
+    k = jnp.floor(root + ulps)
+    f = jnp.where(root - k < ulps, 0.0, root - k)
     # The chance of k + 1 is ((k+f)ᵖ - kᵖ) / ((k+1)ᵖ - kᵖ), here without cancellation.
     if power == 2:
         f = f * (2 * k + f) / (2 * k + 1)
-    else:
+    elif power == 3:
         f = f * (3 * k * (k + f) + f**2) / (3 * k * (k + 1) + 1)
-    uniform = ((bits(root) >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # in (0, 1)
-    return jnp.where(uniform < f, k + 1, k)
+    chance = (f * 2.0**32).astype(jnp.uint32)
+    return jnp.where(bits(root) < chance, k + 1, k)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from adam3_optax import _rounding
 from adam3_optax._rounding import RandomBits
@@ -25,6 +26,7 @@ class Int8(NamedTuple):
     Attributes:
         codes: int8 (uint8 for v), in the parameters' shapes; small leaves float32.
         scale: float32, one number a row: the parameters' shapes with a last axis of 1.
+            For a leaf that rests in float32, one number in all, 0.
     """
 
     codes: Any
@@ -53,7 +55,13 @@ class Float:
     def fits(self, field: Any) -> bool:
         """Returns whether a field of a state is of this format."""
         leaves = jax.tree.leaves(field)
-        return all(jnp.result_type(x) in self.dtypes for x in leaves)
+        return not isinstance(field, Int8) and all(
+            jnp.result_type(x) in self.dtypes for x in leaves
+        )
+
+    def structure(self, field: Any) -> Any:
+        """Returns the structure of the parameters, from that of the field."""
+        return jax.tree.structure(field)
 
     def split(self, treedef: Any, field: Any) -> Sequence[Any]:
         """Returns the leaves at rest, in the order of the gradients'."""
@@ -62,6 +70,10 @@ class Float:
     def join(self, treedef: Any, rests: Sequence[Any]) -> Any:
         """Returns the field of the state again."""
         return treedef.unflatten(rests)
+
+    def shape(self, rest: Any) -> tuple[int, ...]:
+        """Returns the moment's shape."""
+        return jnp.shape(rest)
 
     def load(self, rest: Any) -> jax.Array:
         """Returns the moment, in float32 or wider."""
@@ -84,20 +96,22 @@ class BFloat16(Float):
     dtypes = (jnp.bfloat16,)
 
     def store(self, x: jax.Array, rest: Any, bits: RandomBits) -> Any:
-        return _rounding.to_bfloat16(narrowed(x, jnp.float32), bits)
+        # No derivative passes through the bits.
+        x = lax.stop_gradient(narrowed(x, jnp.float32))
+        return _rounding.to_bfloat16(x, bits)
 
 
 class Int8Rows(Float):
     """At rest as 8-bit roots, in gradient units, with a scale for each row.
 
     m, sqrt(v) and the signed cbrt(s) become codes: multiples of the scale, which is the
-    largest root of the row over the largest code. Those of m are rounded to nearest;
-    those of v and s so that the moment, not its root, is right on average, and those of
-    a nonzero v to at least 1, for an update divides by it. Pure decay of a row moves
-    its scale alone, and is exact.
+    largest root of the row over the largest code. They are rounded so that the moment,
+    not its root, is right on average, and those of a nonzero v to at least 1, for an
+    update divides by it. Pure decay of a whole row moves its scale alone, and is exact.
 
     Leaves of fewer than two axes, or whose rows have fewer than 16 elements, rest in
-    float32: biases and norms, a per cent of a model, and rows too short for a scale.
+    float32: most biases and norms, a per cent of a model, and rows too short for a
+    scale.
     """
 
     def __init__(self, moment: str) -> None:
@@ -110,7 +124,11 @@ class Int8Rows(Float):
 
     def zeros(self, params: Any) -> Any:
         codes = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self._dtype(p)), params)
-        return Int8(codes, jax.tree.map(_row_maxima, codes))
+
+        def scale(x: jax.Array) -> jax.Array:
+            return _maxima(x, -1 if x.dtype == self.dtype else None)
+
+        return Int8(codes, jax.tree.map(scale, codes))
 
     def _dtype(self, param: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
@@ -122,8 +140,13 @@ class Int8Rows(Float):
         return jnp.float32 if small else self.dtype
 
     def fits(self, field: Any) -> bool:
-        codes = jax.tree.leaves(field.codes) if isinstance(field, Int8) else [0.5j]
+        if not isinstance(field, Int8):
+            return False
+        codes = jax.tree.leaves(field.codes)
         return all(jnp.result_type(x) in (self.dtype, jnp.float32) for x in codes)
+
+    def structure(self, field: Any) -> Any:
+        return jax.tree.structure(field.codes)
 
     def split(self, treedef: Any, field: Any) -> Sequence[Any]:
         parts = (treedef.flatten_up_to(part) for part in field)
@@ -132,6 +155,9 @@ class Int8Rows(Float):
     def join(self, treedef: Any, rests: Sequence[Any]) -> Any:
         codes, scale = zip(*rests, strict=True) if rests else ((), ())
         return Int8(treedef.unflatten(codes), treedef.unflatten(scale))
+
+    def shape(self, rest: Any) -> tuple[int, ...]:
+        return jnp.shape(rest.codes)
 
     def load(self, rest: Any) -> jax.Array:
         if rest.codes.dtype != self.dtype:
@@ -142,16 +168,15 @@ class Int8Rows(Float):
         x = narrowed(x, jnp.float32)
         if rest.codes.dtype != self.dtype:
             return Int8(x, rest.scale)
-        root = _root(x, self.power)
-        scale = _row_maxima(jnp.abs(root)) / self.largest
-        size = jnp.abs(root) / jnp.where(scale > 0, scale, 1.0)
-        if self.power == 1:  # m is fast, and noise in it goes straight to the update
-            codes = jnp.round(size)
-        else:
-            codes = _rounding.to_integer(size, self.power, bits)
+        x = lax.stop_gradient(x)  # no derivative passes through the codes
+        size = jnp.abs(x)
+        scale = _root(_maxima(size, -1), self.power) / self.largest
+        root = _root(size, self.power) / jnp.where(scale > 0, scale, 1.0)
+        codes = jnp.minimum(_rounding.to_integer(root, self.power, bits), self.largest)
         if self.power == 2:
-            codes = jnp.maximum(codes, jnp.sign(x))
-        codes = jnp.sign(root) * jnp.minimum(codes, self.largest)
+            codes = jnp.maximum(codes, jnp.where(x > 0, 1.0, 0.0))
+        else:
+            codes = jnp.where(x < 0, -codes, codes)
         return Int8(codes.astype(self.dtype), scale)
 
 
@@ -167,18 +192,20 @@ def resting(moment: str, setting: DTypeSetting) -> Float:
     """Returns the format of a moment, from a user's setting."""
     name = f"{moment}_dtype"
     if isinstance(
-        setting, bool | int | float | complex | np.generic | np.ndarray | jax.Array
+        setting, bool | int | float | complex | np.number | np.ndarray | jax.Array
     ):
         raise TypeError(
             f"{name} must be None, a string or a dtype, got {setting!r}. With "
             f"optax.inject_hyperparams, pass a string, or static_args={name!r}."
         )
     known = setting
-    if setting is not None and not isinstance(setting, str):
+    if isinstance(setting, type | np.dtype):
         try:
             known = jnp.dtype(setting).name
         except TypeError:
             known = repr(setting)
+    elif not isinstance(setting, str | None):
+        known = repr(setting)
     if known not in FORMATS:
         allowed = ", ".join(map(repr, FORMATS))
         why = (
@@ -190,6 +217,12 @@ def resting(moment: str, setting: DTypeSetting) -> Float:
     return FORMATS[known](moment)
 
 
+def format_of(moment: str, field: Any) -> Float:
+    """Returns the format in which a field of a state is."""
+    formats = (resting(moment, setting) for setting in FORMATS)
+    return next(f for f in formats if f.fits(field))
+
+
 def computed_in(*arrays: Any) -> np.dtype[Any]:
     """Returns float64 if one of the arrays has it, else float32."""
     wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
@@ -197,18 +230,16 @@ def computed_in(*arrays: Any) -> np.dtype[Any]:
 
 
 def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a moment in a type, finite also where that is the narrower one."""
-    if x.dtype != dtype:
+    """Returns a moment in a type; what is finite stays finite in a narrower one."""
+    if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
         bound = float(jnp.finfo(dtype).max) / 4
-        x = jnp.clip(x, -bound, bound)
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -bound, bound), x)
     return x.astype(dtype)
 
 
-def _row_maxima(x: jax.Array) -> jax.Array:
-    """Returns the largest element of each row, in float32; one axis is kept for it."""
-    if x.ndim == 0:
-        return x.astype(jnp.float32)
-    return jnp.max(x, axis=-1, keepdims=True, initial=0).astype(jnp.float32)
+def _maxima(x: jax.Array, axis: int | None) -> jax.Array:
+    """Returns the largest elements along an axis, or in all, in float32."""
+    return jnp.max(x, axis, keepdims=True, initial=0).astype(jnp.float32)
 
 
 def _root(x: jax.Array, power: int) -> jax.Array:

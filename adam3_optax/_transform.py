@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam3_optax import _hyperparameters as hp
-from adam3_optax import _rule
-from adam3_optax._rounding import random_bits
+from adam3_optax import _rounding, _rule
 from adam3_optax._rule import ThirdMoment
 from adam3_optax._storage import DTypeSetting, Float, computed_in, resting
 
@@ -139,6 +138,22 @@ def scale_by_adam3(
         m, v, s = (f.zeros(params) for f in formats)
         return ScaleByAdam3State(m, v, s, jnp.zeros((), jnp.int32))
 
+    # Jitted here, it is traced once a shape instead of once a leaf, and an update that
+    # is not jitted costs one call a leaf.
+    @jax.jit
+    def step_leaf(
+        g: jax.Array, rests: Any, k: _rule.Coefficients, count: jax.Array, streams: Any
+    ) -> tuple[Any, ...]:
+        loaded = (f.load(rest) for f, rest in zip(formats, rests, strict=True))
+        g_t, m_t, v_t, s_t = (x.astype(k.c1.dtype) for x in (g, *loaded))
+        m_t, v_t, s_t = _rule.update_moments(g_t, m_t, v_t, s_t, k, third_moment)
+        u_t = _rule.direction(m_t, v_t, s_t, k, third_moment)
+        new = zip(formats, (m_t, v_t, s_t), rests, streams, strict=True)
+        return u_t.astype(g.dtype), *(
+            f.store(x, rest, _rounding.random_bits(count, stream))
+            for f, x, rest, stream in new
+        )
+
     def update(
         updates: optax.Updates,
         state: ScaleByAdam3State,
@@ -160,18 +175,10 @@ def scale_by_adam3(
             if g is None:
                 return None, *rests
             g = jnp.asarray(g)
-            m, v, s = (f.load(rest) for f, rest in zip(formats, rests, strict=True))
-            _check_gradient(path, g, m, v, s)
-            dtype = computed_in(g, m, v, s)
-            k = coefficients(dtype)
-            g_t, m_t, v_t, s_t = (x.astype(dtype) for x in (g, m, v, s))
-            m_t, v_t, s_t = _rule.update_moments(g_t, m_t, v_t, s_t, k, third_moment)
-            u_t = _rule.direction(m_t, v_t, s_t, k, third_moment)
-            new = zip(formats, (m_t, v_t, s_t), rests, strict=True)
-            return u_t.astype(g.dtype), *(
-                f.store(x, rest, random_bits(count, 3 * index + i))
-                for i, (f, x, rest) in enumerate(new)
-            )
+            _check_gradient(path, g, formats, rests)
+            k = coefficients(computed_in(*jax.tree.leaves((g, rests))))
+            streams = [_rounding.stream(3 * index + i) for i in range(3)]
+            return step_leaf(g, rests, k, count, streams)
 
         treedef: Any
         leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=is_none)
@@ -221,13 +228,19 @@ def _split(f: Float, treedef: Any, name: str, field: Any) -> Any:
         ) from error
 
 
-def _check_gradient(path: Any, g: jax.Array, m: Any, v: Any, s: Any) -> None:
+def _check_gradient(path: Any, g: jax.Array, formats: Any, rests: Any) -> None:
     """Raises where a gradient is of no real type, or does not fit the moments."""
     where = f"updates{jax.tree_util.keystr(path)}"
+    if any(x is None for x in jax.tree.leaves(rests, is_leaf=is_none)):
+        raise ValueError(
+            f"{where} is an array, but the state has None there; was it made by init "
+            "from other parameters?"
+        )
     if not jnp.issubdtype(g.dtype, jnp.floating):
         raise ValueError(f"{where} must be of a real floating type, got {g.dtype}")
-    for name, x in zip("mvs", (m, v, s), strict=True):
-        if jnp.shape(x) != g.shape:
+    for f, rest in zip(formats, rests, strict=True):
+        if f.shape(rest) != g.shape:
             raise ValueError(
-                f"{where} has shape {g.shape}, but the state's {name} {jnp.shape(x)}"
+                f"{where} has shape {g.shape}, but the state's {f.moment} "
+                f"{f.shape(rest)}"
             )

@@ -68,7 +68,9 @@ def test_switch_in_mid_training(name: str, setting: Any) -> None:
     params, state = train(adam, PARAMS, adam.init(PARAMS), GRADIENTS[:4])
     switched = from_adam_state(state, **setting)
     assert kinds(switched) == kinds(ours.init(PARAMS))
-    assert optax.tree.get(switched, "ScaleByAdam3State") is not None
+    loaded: Any = optax.tree.get(convert_state(switched), "ScaleByAdam3State")
+    assert not any(map(np.any, jax.tree.leaves(loaded.s)))
+    assert all(map(np.any, jax.tree.leaves((loaded.m, loaded.v))))
     for count in optax.tree.get_all_with_path(switched, "count"):
         assert int(count[1]) in (2, 4)
     train(ours, params, switched, GRADIENTS[4:])
@@ -139,3 +141,33 @@ def test_nothing_to_convert(convert: Any) -> None:
 def test_unknown_setting() -> None:
     with pytest.raises(ValueError, match=r"^v_dtype must be one of"):
         from_adam_state(optax.adam(0.1).init(PARAMS), v_dtype="int4")
+
+
+def test_injected_hyperparameters_are_not_carried_over() -> None:
+    adam = optax.inject_hyperparams(optax.adamw)(1e-2)
+    ours = optax.inject_hyperparams(adam3w)(1e-2, lam=5.0, b3=0.9)
+    params, state = train(adam, PARAMS, adam.init(PARAMS), GRADIENTS[:2])
+    with pytest.raises(ValueError, match=r"inner_state=from_adam_state\(state\.inner"):
+        from_adam_state(state)
+    switched = ours.init(PARAMS)._replace(
+        count=state.count, inner_state=from_adam_state(state.inner_state)
+    )
+    assert float(switched.hyperparams["lam"]) == 5.0
+    params, state = train(ours, params, switched, GRADIENTS[2:])
+    with pytest.raises(ValueError, match=r"inner_state=to_adam_state\(state\.inner"):
+        to_adam_state(state)
+    # Another way to rest is no other optimizer.
+    assert kinds(convert_state(convert_state(state, **INT8))) == kinds(state)
+
+
+def test_conversions_of_leaves_and_counts_round_apart() -> None:
+    x = jnp.full((32, 32), 1 + 2.0**-9)
+    s = ScaleByAdam3State
+    states = [s([x, x], [x, x], [x, x], jnp.int32(count)) for count in (1, 2)]
+    low: Any = [convert_state(state, **BF16) for state in states]
+    leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(low)]
+    masks = [(leaf > 1).ravel() for leaf in leaves if leaf.ndim]
+    assert len(masks) == 12
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert abs(np.corrcoef(a, b)[0, 1]) < 0.2

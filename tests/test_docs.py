@@ -1,6 +1,8 @@
 """The documentation runs, and its links lead somewhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -78,3 +80,16 @@ def test_factories_document_every_argument_and_run_an_example() -> None:
             assert section in doc, (factory.__name__, section)
         for argument in inspect.signature(factory).parameters:
             assert re.search(rf"^    {argument}: ", doc, re.M), argument
+
+
+def test_the_table_of_accuracy_is_that_of_the_record() -> None:
+    record = "benchmarks/records/2026-11-22_low_precision"
+    printed = subprocess.run(
+        [sys.executable, "benchmarks/low_precision_table.py", record],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed.count("\n") == 16
+    assert printed in (ROOT / "docs" / "low_precision.md").read_text()

@@ -3,6 +3,7 @@
 import pickle
 from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import jax
@@ -100,12 +101,25 @@ def test_a_resumed_run_is_the_straight_one(setting: Any, tmp_path: Path) -> None
         "flax": serialization.from_bytes(template, serialization.to_bytes(state)),
         "orbax": checkpointer.restore(tmp_path / "state", template),
     }
-    for name, again in restored.items():
+    for again in restored.values():
         resumed = params, again
         for g in GRADIENTS[3:]:
             resumed = step(optimizer, *resumed, g)
         same(resumed, straight)
-        assert name
+
+
+@EACH
+def test_a_saved_state_changes_its_setting(setting: Any, tmp_path: Path) -> None:
+    # Restored as it was saved, then converted, as the documentation says.
+    old, new = make({}), make(setting)
+    params, state = train(old, gradients=GRADIENTS[:3])
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "state", state)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / "state", old.init(PARAMS))
+    converted = adam3_optax.convert_state(restored, **setting)
+    assert kinds(converted) == kinds(new.init(PARAMS))
+    step(new, params, converted, GRADIENTS[3])
 
 
 @EACH
@@ -124,6 +138,9 @@ def test_scan_vmap_and_donation(setting: Any) -> None:
     twice = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
     both = jax.vmap(run)(twice)
     same(jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both))
+    alone = run(PARAMS)
+    for x, y in zip(*map(jax.tree.leaves, (both[0], alone[0])), strict=True):
+        np.testing.assert_allclose(x[0], y, rtol=1e-5, atol=1e-6)
     donated: Any = jax.jit(partial(step, optimizer), donate_argnums=(0, 1))
     carry = jax.tree.map(jnp.copy, (PARAMS, optimizer.init(PARAMS)))
     for g in GRADIENTS:
@@ -174,9 +191,8 @@ def test_nnx_optimizer_for_several_steps(setting: Any) -> None:
         return loss
 
     losses = [float(jitted(model, optimizer)) for _ in range(4)]
-    with jax.disable_jit(False):
-        _, g = nnx.value_and_grad(lambda m: jnp.sum(m(jnp.ones((1, 32))) ** 2))(model)
-        optimizer.update(model, g)
+    _, g = nnx.value_and_grad(lambda m: jnp.sum(m(jnp.ones((1, 32))) ** 2))(model)
+    optimizer.update(model, g)  # not jitted
     assert losses == sorted(losses, reverse=True)
 
 
@@ -194,6 +210,9 @@ def test_sharding(setting: Any, spec: Any, kind: Any) -> None:
         if kind is AxisType.Explicit:
             assert kinds(sharded[1]) == kinds(optimizer.init(put(params)))
             assert kinds(sharded[1]) == kinds(jax.jit(optimizer.init)(put(params)))
+        for field in sharded[1][0][:3]:
+            largest = max(jax.tree.leaves(field), key=lambda x: x.size)
+            assert largest.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
     # The compiler may contract differently in small shards: an ulp of a parameter.
     for x, y in zip(*map(jax.tree.leaves, (sharded[0], straight[0])), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -245,7 +264,9 @@ def test_bytes_of_int8_state() -> None:
         size = sum(p.size for p in jax.tree.leaves(params))
         per_parameter[name] = nbytes(jax.eval_shape(optimizer.init, params)) / size
     print(per_parameter)
+    assert per_parameter["transformer 96"] <= 3.2
     assert per_parameter["transformer 256"] <= 3.3
+    assert per_parameter["convolutional"] <= 6.4
     assert per_parameter["GPT-2 small"] <= 3.05
     assert per_parameter["10,000 leaves"] == pytest.approx(3 + 12 / 64, abs=1e-3)
 
@@ -316,3 +337,82 @@ def test_another_setting_than_the_states(made: Any, used: Any) -> None:
     with pytest.raises(ValueError, match=r"_dtype says.*convert_state"):
         optimizer.update(PARAMS, state)
     optimizer.update(PARAMS, adam3_optax.convert_state(state, **used))
+
+
+# Memory of the compiled step.
+
+
+@pytest.mark.parametrize("third_moment", THIRD_MOMENTS)
+@pytest.mark.parametrize("leaves", [1, 16])
+def test_temporary_memory(third_moment: Any, leaves: int) -> None:
+    # Bytes a parameter beyond arguments and results; docs/low_precision.md says what
+    # they are made of. One more copy of a moment in float32 would cost 4.
+    params = [jnp.zeros((1024, 1024 // leaves))] * leaves
+    found = {}
+    for name, setting in {"float32": {}, **SETTINGS}.items():
+        optimizer = adam3(1e-3, third_moment=third_moment, **setting)
+        donated: Any = jax.jit(partial(step, optimizer), donate_argnums=(0, 1))
+        compiled = donated.lower(params, optimizer.init(params), params).compile()
+        found[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    print(third_moment, leaves, found)
+    # In the stabilized form the compiler keeps the root, too.
+    more = 4 if third_moment == "stabilized" else 0
+    assert found["float32"] < 0.01
+    assert found["adams-memory"] < 4.1 + more
+    assert found["bfloat16"] < 6.1 + more
+    assert found["int8"] < 15.5 + more
+
+
+# Long runs.
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, *SETTINGS.values()], ids=["float32", *SETTINGS]
+)
+@pytest.mark.parametrize("third_moment", THIRD_MOMENTS)
+def test_never_nan_in_10_000_steps(
+    third_moment: Any, setting: Any, standard_promotion: None
+) -> None:
+    # A small language model: from four characters to the fifth.
+    text = "".join(topics.values())
+    alphabet = sorted(set(text))
+    tokens = jnp.asarray(np.searchsorted(alphabet, list(text)), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 10_003)
+    initial = jax.nn.initializers.lecun_normal()
+    params = {
+        "embedding": 0.1 * jax.random.normal(keys[0], (len(alphabet), 16)),
+        "hidden": {"kernel": initial(keys[1], (64, 64)), "bias": jnp.zeros(64)},
+        "logits": initial(keys[2], (64, len(alphabet))),
+    }
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 100, 10_000)
+    optimizer = adam3w(schedule, third_moment=third_moment, **setting)
+
+    def loss_of(params: Any, windows: Any) -> Any:
+        x = params["embedding"][windows[:, :4]].reshape(len(windows), 64)
+        x = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+        return optax.softmax_cross_entropy_with_integer_labels(
+            x @ params["logits"], windows[:, 4]
+        ).mean()
+
+    def body(carry: Any, key: Any) -> Any:
+        params, state = carry
+        starts = jax.random.randint(key, (32,), 0, len(tokens) - 5)
+        windows = tokens[starts[:, None] + jnp.arange(5)]
+        loss, g = jax.value_and_grad(loss_of)(params, windows)
+        updates, state = optimizer.update(g, state, params)
+        largest = jnp.stack([jnp.max(jnp.abs(u)) for u in jax.tree.leaves(updates)])
+        params = optax.apply_updates(params, updates)
+        return (params, state), (loss, jnp.max(largest))
+
+    carry = params, optimizer.init(params)
+    carry, (losses, largest) = jax.jit(lambda c: jax.lax.scan(body, c, keys[3:]))(carry)
+    assert np.isfinite(losses).all()
+    for x in jax.tree.leaves(carry):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+    print(float(np.max(largest)) / 4e-3)
+    # In float32 it is 3.1 learning rates. An int8 m over a float32 v, which has no
+    # floor of one code, is the noisiest.
+    coarse = setting.get("m_dtype") == "int8"
+    factor = (3 if setting["v_dtype"] == "int8" else 7) if coarse else 1.5
+    assert np.max(largest) < factor * 3.1 * 4e-3
+    assert np.mean(losses[-500:]) < 1.8 < np.mean(losses[:500])

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adam3_optax import _storage, scale_by_adam3
-from adam3_optax._rounding import random_bits
+from adam3_optax._rounding import random_bits, stream
 
 MOMENTS = pytest.mark.parametrize("moment", ["m", "v", "s"])
 POWER = {"m": 1, "v": 2, "s": 3}
@@ -37,7 +37,7 @@ def store(moment: str, x: Any, seed: int = 0) -> Any:
     f = _storage.resting(moment, "int8")
     x = jnp.asarray(x, jnp.float32)
     (rest,) = f.split(jax.tree.structure(0), f.zeros(x))
-    return jax.tree.map(np.asarray, f.store(x, rest, random_bits(seed)))
+    return jax.tree.map(np.asarray, f.store(x, rest, random_bits(seed, stream(0))))
 
 
 def load(moment: str, rest: Any) -> Any:
@@ -82,12 +82,6 @@ def test_codes_are_those_of_the_oracle(moment: str, roots: Any, seed: int) -> No
                 assert int(code) in allowed
 
 
-@given(roots=ROWS)
-def test_m_is_rounded_to_nearest(roots: Any) -> None:
-    rest = store("m", roots)
-    assert np.all(np.abs(load("m", rest) - roots) <= 0.5001 * rest.scale)
-
-
 @MOMENTS
 @given(roots=ROWS, seed=st.integers(0, 2**31 - 1))
 def test_invariants(moment: str, roots: Any, seed: int) -> None:
@@ -118,7 +112,7 @@ def test_the_chances_are_right_in_the_moment() -> None:
     # Elements of mixed scale: the mean over draws is the moment, not the moment's root.
     rng = np.random.default_rng(0)
     roots = rng.normal(size=(4, 64)) * rng.choice([0.3, 1.0, 3.0], (4, 64))
-    for moment in ("v", "s"):
+    for moment in ("m", "v", "s"):
         x = moment_of(moment, roots).astype(np.float32)
         draws = np.stack([load(moment, store(moment, x, i)) for i in range(2000)])
         power, size = POWER[moment], np.abs(x.astype(np.float64))
@@ -132,29 +126,46 @@ def test_the_chances_are_right_in_the_moment() -> None:
 
 
 @pytest.mark.parametrize("setting", ["bfloat16", "int8"])
-@pytest.mark.parametrize(("spread", "largest_update"), [(0.0, 2), (1.0, 8)])
-def test_slow_averages_move(setting: str, spread: float, largest_update: float) -> None:
+@pytest.mark.parametrize(
+    ("spread", "largest_update", "bounds"),
+    [
+        (0.0, 2, {"m": 0.02, "v": 0.05, "s": 0.10}),
+        (1.0, 8, {"m": 0.05, "v": 0.05, "s": 0.15}),
+    ],
+)
+def test_slow_averages_move(
+    setting: str,
+    spread: float,
+    largest_update: float,
+    bounds: dict[str, float],
+    x64: None,
+) -> None:
     # b = .999, constant-mean noise, 3,000 steps, 16,384 elements: of equal scale, and
-    # of scales whose logarithms have a standard deviation of 1.
+    # of scales whose logarithms have a standard deviation of 1. Against float64.
     shape = (64, 256)
     ours, exact = scale_by_adam3(**ALL[setting]), scale_by_adam3()
-    scale = jnp.exp(spread * jax.random.normal(jax.random.key(1), shape))
+    keys = jax.random.split(jax.random.key(1), 3001)
+    scale = jnp.exp(spread * jax.random.normal(keys[0], shape, jnp.float32))
 
     def step(states: Any, key: jax.Array) -> Any:
-        g = scale * (1.0 + jax.random.exponential(key, shape))
-        results = [o.update(g, s) for o, s in zip((ours, exact), states, strict=True)]
-        return [s for _, s in results], [jnp.max(jnp.abs(u)) for u, _ in results]
+        g = scale * (1 + jax.random.exponential(key, shape, jnp.float32))
+        low, lows = ours.update(g, states[0])
+        full, fulls = exact.update(g.astype(jnp.float64), states[1])
+        return (lows, fulls), (jnp.max(jnp.abs(low)), jnp.max(jnp.abs(full)))
 
-    states = [o.init(jnp.zeros(shape)) for o in (ours, exact)]
-    keys = jax.random.split(jax.random.key(0), 3000)
-    (low, full), largest = jax.jit(lambda s: jax.lax.scan(step, s, keys))(states)
-    for moment, bound in (("m", 0.02), ("v", 0.05), ("s", 0.10)):
+    states = ours.init(jnp.zeros(shape, jnp.float32)), exact.init(jnp.zeros(shape))
+    assert states[1].v.dtype == jnp.float64
+    (low, full), largest = jax.jit(lambda s: jax.lax.scan(step, s, keys[1:]))(states)
+    for moment, bound in bounds.items():
         f = _storage.resting(moment, setting)
         (rest,) = f.split(jax.tree.structure(0), getattr(low, moment))
-        unit = scale ** POWER[moment]
-        ratio = np.mean(f.load(rest) / unit) / np.mean(getattr(full, moment) / unit)
+        unit = np.asarray(scale, np.float64) ** POWER[moment]
+        got = np.asarray(f.load(rest), np.float64) / unit
+        ratio = np.mean(got) / np.mean(getattr(full, moment) / unit)
+        print(f"{setting}, log-spread {spread}: bias of {moment} {ratio - 1:+.4f}")
         assert abs(ratio - 1) < bound
-    assert np.max(largest[0]) < largest_update * np.max(largest[1])
+    ours_largest, exact_largest = (float(np.max(x)) for x in largest)
+    assert ours_largest < largest_update * exact_largest
 
 
 @pytest.mark.parametrize("setting", ["bfloat16", "int8"])
@@ -180,3 +191,102 @@ def test_pure_decay(setting: str) -> None:
         (after,) = f.split(jax.tree.structure(0), getattr(step(state), moment))
         ratio = np.mean(f.load(after)[:, 1:]) / np.mean(f.load(before)[:, 1:])
         assert abs(ratio / 0.999**1000 - 1) < 0.05
+
+
+@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
+@pytest.mark.parametrize("b1", [0.9, 0.99])
+def test_what_gets_no_gradient_comes_to_rest(setting: str, b1: float) -> None:
+    # Half the columns get gradients for 20 steps and then none, the others go on. A
+    # moment that froze would move the first half for ever, and ever faster.
+    shape, dead = (16, 64), jnp.arange(64) >= 32
+    moved = {}
+    for name in (None, setting):
+        kinds: Any = dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), name)
+        optimizer = scale_by_adam3(b1=b1, third_moment="standardized", **kinds)
+
+        def body(carry: Any, i: Any, optimizer: Any = optimizer) -> Any:
+            at, state = carry
+            g = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)
+            g = jnp.where(dead & (i >= 20), 0.0, g)
+            u, state = optimizer.update(g, state)
+            return (at + u, state), jnp.max(jnp.abs(u[:, 32:]))
+
+        zeros = jnp.zeros(shape)
+        run: Any = jax.jit(lambda c, body=body: jax.lax.scan(body, c, jnp.arange(4000)))
+        (at, _), largest = run((zeros, optimizer.init(zeros)))
+        moved[name] = np.abs(np.asarray(at)[:, 32:])
+        assert np.max(largest[-100:]) < 0.2
+    assert moved[setting].mean() < 1.5 * moved[None].mean()
+    assert moved[setting].max() < 3 * moved[None].max()
+
+
+def test_which_leaves_have_codes() -> None:
+    # And what rests in float32 costs no more than float32.
+    optimizer = scale_by_adam3(**ALL["int8"])
+    for shape, coded in {
+        (): False,
+        (64,): False,
+        (4, 1): False,
+        (4, 15): False,
+        (4, 16): True,
+        (2, 3, 4, 16): True,
+        (0, 16): True,
+    }.items():
+        state = optimizer.init(jnp.zeros(shape))
+        for name in "mvs":
+            codes, scale = getattr(state, name)
+            assert (codes.dtype != jnp.float32) == coded
+            assert scale.shape == ((*shape[:-1], 1) if coded else (1,) * len(shape))
+
+
+@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
+def test_the_rounding_differs_by_leaf_moment_and_step(setting: str) -> None:
+    # Leaves and moments that hold the same numbers, halfway between two neighbours.
+    f = _storage.resting("m", setting)
+    treedef: Any = jax.tree.structure(0)
+    x = jnp.full((64, 64), 1 + 2.0**-8).at[:, 0].set(2.5)
+    (rest,) = f.split(treedef, f.zeros(x))
+    drawn = {
+        identity: np.asarray(
+            f.load(f.store(x, rest, random_bits(identity[0], stream(identity[1]))))
+        )[:, 1:]
+        for identity in [(1, 0), (2, 0), (3, 0), (1, 1), (1, 2), (1, 3)]
+    }
+    first = drawn.pop((1, 0))
+    assert len(np.unique(first)) == 2
+    for identity, other in drawn.items():
+        assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.08, identity
+
+
+@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
+def test_the_optimizer_draws_apart(setting: str) -> None:
+    # One number a row holds the scale up; the others are alike in all three moments.
+    optimizer = scale_by_adam3(b1=0.5, b2=0.5, b3=0.5, **ALL[setting])
+    g = jnp.full((64, 64), 1.0034).at[:, 0].set(2.5)
+    _, state = optimizer.update({"a": g, "b": g}, optimizer.init({"a": g, "b": g}))
+    masks = []
+    for name in "mvs":
+        f = _storage.resting(name, setting)
+        treedef: Any = jax.tree.structure({"a": 0, "b": 0})
+        for rest in f.split(treedef, getattr(state, name)):
+            x = np.asarray(f.load(rest))[:, 1:]
+            masks.append((x > x.mean()).ravel())
+    for i, a in enumerate(masks):
+        assert 0 < a.mean() < 1
+        for b in masks[:i]:
+            assert abs(np.corrcoef(a, b)[0, 1]) < 0.08
+
+
+@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
+def test_derivatives_stop_at_narrow_state(setting: str) -> None:
+    optimizer = scale_by_adam3(**ALL[setting])
+
+    def second_update(first: Any, second: Any) -> Any:
+        _, state = optimizer.update(first, optimizer.init(first))
+        return optimizer.update(second, state)[0].sum()
+
+    g = jnp.linspace(0.1, 1, 64).reshape(4, 16)
+    first, second = jax.grad(second_update, (0, 1))(g, g[::-1])
+    assert not np.any(first)
+    assert np.isfinite(second).all()
+    assert np.any(second)
