@@ -77,5 +77,5 @@ def to_integer(root: jax.Array, power: int, bits: RandomBits) -> jax.Array:
         f = f * (2 * k + f) / (2 * k + 1)
     elif power == 3:
         f = f * (3 * k * (k + f) + f**2) / (3 * k * (k + 1) + 1)
-    chance = (f * 2.0**32).astype(jnp.uint32)
-    return jnp.where(bits(root) < chance, k + 1, k)
+    draw = (bits(root) >> 8).astype(jnp.float32)  # 24 bits: float32 holds those
+    return jnp.where(draw < f * 2.0**24, k + 1, k)
