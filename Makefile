@@ -1,28 +1,54 @@
-# make demo | test | lint | format | wheel | clean. A fresh clone needs Python and make.
+# Targets: see `make help`. A fresh clone needs Python and make.
 PYTHON ?= python3
 VENV ?= .venv
+GPU ?= cuda
 BIN := $(VENV)/bin
+RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo bench test test-slow test-gpu lint format wheel clean
 
 help:
-	@echo "make demo    train a small language model with AdaM3 and with AdamW (minutes)"
-	@echo "make test    lint, type-check and run every test"
-	@echo "make lint    lint and type-check alone"
-	@echo "make format  format the code"
-	@echo "make wheel   build dist/*.whl"
-	@echo "make clean   remove what make made"
-	@echo "Variables: PYTHON=python3.13 VENV=.venv313; ARGS for the demo, as ARGS='--steps 200'"
+	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
+	@echo "make bench     measure time and memory of a step against Optax's (a quarter hour)"
+	@echo "make test      lint, type-check and run every test"
+	@echo "make test-slow run the tests that take minutes each"
+	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
+	@echo "make lint      lint and type-check alone"
+	@echo "make format    format the code"
+	@echo "make wheel     build dist/*.whl"
+	@echo "make clean     remove what make made"
+	@echo "Variables: PYTHON=python3.13 VENV=.venv313; ARGS for the demo, as ARGS='--steps 200',"
+	@echo "  and for the benchmarks, as ARGS=--quick; RECORD, the folder that they write to"
 
 demo: $(VENV)/.examples
 	@$(BIN)/python examples/char_lm.py $(ARGS)
+
+bench: $(VENV)/.bench
+	@$(BIN)/python benchmarks/step_time.py --out $(RECORD) $(ARGS)
+	@$(BIN)/python benchmarks/memory.py --out $(RECORD) $(ARGS)
+	@$(BIN)/python benchmarks/figures.py $(RECORD)
 
 test: lint
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 	@$(BIN)/python -c "import jax, platform; print('Passed on Python', \
 	  platform.python_version(), 'with jax', jax.__version__ + \
 	  ': ruff (lint, format), mypy, and the tests counted above.')"
+
+test-slow: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -n 2 -m slow
+
+# Skipped (status 0) without a GPU; status 1 where there is one that JAX cannot use.
+test-gpu: $(VENV)/.dev
+	@if JAX_PLATFORMS=$(GPU) $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null; then \
+	  ADAM3_TEST_GPU=$(GPU) XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	    $(BIN)/python -m pytest -q -n auto --maxprocesses 4; \
+	elif nvidia-smi -L >/dev/null 2>&1 || rocminfo >/dev/null 2>&1; then \
+	  echo "make test-gpu: there is a GPU, but JAX cannot use it as GPU=$(GPU). For CUDA, try"; \
+	  echo "  $(BIN)/python -m pip install -c constraints.txt 'jax[cuda13]'"; exit 1; \
+	else \
+	  echo "make test-gpu: skipped, for neither JAX, nvidia-smi nor rocminfo finds a GPU"; \
+	fi
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check --quiet
@@ -49,6 +75,10 @@ $(VENV)/.python:
 
 $(VENV)/.examples: $(VENV)/.python pyproject.toml constraints.txt
 	@$(PIP) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
+	@$(PIP) -e '.[bench]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt

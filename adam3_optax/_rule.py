@@ -40,9 +40,9 @@ class Coefficients(NamedTuple):
     a1: Scalar
     a2: Scalar
     a3: Scalar
-    c1: Scalar
-    c2: Scalar
-    c3: Scalar
+    c1: jax.Array
+    c2: jax.Array
+    c3: jax.Array
 
 
 def coefficients(

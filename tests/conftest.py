@@ -1,13 +1,22 @@
 """What every test runs under: strict promotion, eight CPU devices, x64 on request."""
 
+import os
 from collections.abc import Iterator
 
 import jax
 import pytest
 from hypothesis import settings
 
-jax.config.update("jax_platforms", "cpu")
+# `make test-gpu` sets this to "cuda" or "rocm". What has no place of its own then lies
+# on the GPU; a mesh is still made of the CPU's eight devices, for they are the default.
+GPU = os.environ.get("ADAM3_TEST_GPU")
+
+jax.config.update("jax_platforms", f"cpu,{GPU}" if GPU else "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+if GPU:
+    jax.config.update("jax_default_device", jax.devices(GPU)[0])
+    # Not TensorFloat-32, which has 10 bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
 # Our code must not lean on implicit promotion. Where Optax's or Flax's own code does,
 # the test takes `standard_promotion`.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chex  # type: ignore[import-untyped]
+import chex
 import equinox as eqx
 import flax.linen
 import flax.serialization
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint  # type: ignore[import-untyped]
+import orbax.checkpoint
 import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding

@@ -1,0 +1,282 @@
+"""Checkpoints that survive a kill, and that know what they hold.
+
+Orbax writes and reads the arrays, from every process and onto any sharding. It does not
+notice flipped bytes, casts another dtype in silence, and an optimizer's state cannot
+say by which rule it was made. So beside the arrays lies a manifest: what the user says
+of the run, the shape and dtype of every array, and size and SHA-256 of every file.
+
+    folder/step_00000300/arrays/...       written by Orbax
+    folder/step_00000300/manifest.json    written last: with it the checkpoint exists
+
+A run killed before that leaves a folder without a manifest. It counts as nothing, and
+the next `save` removes it. `restore` verifies everything before it reads an array.
+
+    tree = {"params": params, "state": state}
+    save(folder, step, tree, description)
+    if (step := latest(folder)) is not None:
+        tree = restore(folder, step, tree, description)
+
+With several processes each one calls these functions, with the same arguments, on one
+shared file system. The folder is for these checkpoints alone.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+FORMAT = 1  # of the manifest
+ARRAYS, MANIFEST, UNFINISHED = "arrays", "manifest.json", "manifest.json.unfinished"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or not the one that is wanted."""
+
+
+def save(
+    folder: Path | str,
+    step: int,
+    tree: Any,
+    description: dict[str, Any],
+    keep: int = 3,
+) -> None:
+    """Saves a checkpoint, and removes all but the last few.
+
+    Args:
+        folder: Where the checkpoints are; made if need be.
+        step: How many steps were taken; above those of all checkpoints in the folder.
+        tree: Parameters, optimizer state and the like: a tree of `jax.Array`s.
+        description: What a checkpoint must agree in to be restored, and the arrays do
+            not show: the form of the third moment, storage settings, hyperparameters,
+            the seed of the data. Anything that JSON can hold.
+        keep: How many checkpoints stay, this one included.
+
+    Raises:
+        CheckpointError: The folder holds a checkpoint of this step or a later one.
+        ValueError: A negative step; a keep below 1; a leaf that is no array.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step must be >= 0 and keep >= 1, got {step} and {keep}")
+    arrays = _arrays(tree)
+    folder = Path(folder).absolute()
+    complete = _complete(folder)
+    if complete and step <= complete[-1]:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint of step {complete[-1]}, so step {step} is "
+            "refused there: restore that one, or use another folder"
+        )
+    checkpoint = _path(folder, step)
+    _barrier("checkpoint begins")  # all have looked into the folder, as it was
+    if jax.process_index() == 0:
+        _remove_unfinished(folder)
+        checkpoint.mkdir(parents=True, exist_ok=True)
+    _barrier("checkpoint has a folder")
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(checkpoint / ARRAYS, tree)
+        orbax.wait_until_finished()
+    _barrier("checkpoint has its arrays")
+    if jax.process_index() == 0:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "description": description,
+            "arrays": arrays,
+            "files": {name: _file(checkpoint / name) for name in _names(checkpoint)},
+        }
+        _commit(checkpoint, manifest | {"sha256": _digest(manifest)})
+        for old in _complete(folder)[:-keep]:
+            _remove(_path(folder, old))
+    _barrier("checkpoint is complete")
+
+
+def latest(folder: Path | str) -> int | None:
+    """Returns the step of the last complete checkpoint, None where there is none."""
+    complete = _complete(Path(folder))
+    return complete[-1] if complete else None
+
+
+def restore(
+    folder: Path | str, step: int, template: Any, description: dict[str, Any]
+) -> Any:
+    """Restores a checkpoint, once it is known to be whole and the one that is wanted.
+
+    Args:
+        folder: Where the checkpoints are. Nothing is written there.
+        step: Which checkpoint, as from `latest`.
+        template: A tree like the saved one: arrays, or `jax.ShapeDtypeStruct`s, with
+            the shardings that the restored arrays shall have. They may be on another
+            number of devices or processes than the saved ones were.
+        description: As at `save`.
+
+    Returns:
+        The tree.
+
+    Raises:
+        CheckpointError: No such checkpoint; one that is truncated or changed; one with
+            another description, other arrays, shapes or dtypes. It names the first
+            difference, what is saved and what is wanted.
+        ValueError: A leaf of the template without a sharding.
+    """
+    wanted = _arrays(template)
+    checkpoint = _path(Path(folder).absolute(), step)
+    manifest = _manifest(checkpoint)
+    _compare(checkpoint, "description", manifest["description"], _as_json(description))
+    _compare(checkpoint, "arrays", manifest["arrays"], wanted)
+    _verify(checkpoint, manifest["files"])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
+    )
+    with ocp.StandardCheckpointer() as orbax:
+        return orbax.restore(checkpoint / ARRAYS, shapes)
+
+
+# --- Complete and unfinished --------------------------------------------------------
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08}"
+
+
+def _steps(folder: Path) -> list[int]:
+    """Returns the steps that have a folder, in order."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    names = (re.fullmatch(r"step_(\d{8,})", path.name) for path in found)
+    return sorted(int(name[1]) for name in names if name)
+
+
+def _complete(folder: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints, in order."""
+    return [i for i in _steps(folder) if (_path(folder, i) / MANIFEST).is_file()]
+
+
+def _commit(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, which is there as a whole or not at all."""
+    with (checkpoint / UNFINISHED).open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(checkpoint / UNFINISHED, checkpoint / MANIFEST)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for step in set(_steps(folder)).difference(_complete(folder)):
+        _remove(_path(folder, step))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes what `save` writes: the manifest first, so that no half one counts."""
+    for name in (MANIFEST, UNFINISHED):
+        (checkpoint / name).unlink(missing_ok=True)
+    for arrays in checkpoint.glob(f"{ARRAYS}*"):  # Orbax's unfinished ones, too
+        shutil.rmtree(arrays)
+    with contextlib.suppress(OSError):  # what else is in there is not ours
+        checkpoint.rmdir()
+
+
+def _barrier(name: str) -> None:
+    """Waits for all processes."""
+    multihost_utils.sync_global_devices(name)
+
+
+# --- The manifest -------------------------------------------------------------------
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Returns what each array is, by its path in the tree."""
+    leaves = jax.tree.leaves_with_path(tree)
+    for path, x in leaves:
+        if getattr(x, "sharding", None) is None:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} must be a jax.Array, or a "
+                f"jax.ShapeDtypeStruct with a sharding, got {x!r}"
+            )
+    return {jax.tree_util.keystr(p): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+
+
+def _as_json(description: dict[str, Any]) -> dict[str, Any]:
+    """Returns a description as it comes back from a file: tuples are lists, say."""
+    return json.loads(json.dumps(description))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    text = json.dumps(_as_json(manifest), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _names(checkpoint: Path) -> list[str]:
+    files = (path for path in (checkpoint / ARRAYS).rglob("*") if path.is_file())
+    return sorted(path.relative_to(checkpoint).as_posix() for path in files)
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """Returns size and digest of a file, once it is on the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    """Returns the manifest, which must be whole and of this format."""
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        steps = ", ".join(map(str, _complete(checkpoint.parent))) or "none"
+        raise CheckpointError(
+            f"there is no complete checkpoint {checkpoint}; steps that are: {steps}"
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        digest, form = manifest.pop("sha256"), manifest["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if form != FORMAT:
+        raise CheckpointError(f"{path} has format {form!r}, wanted {FORMAT}")
+    if digest != _digest(manifest):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 differs")
+    return manifest
+
+
+def _compare(
+    checkpoint: Path, what: str, saved: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """Raises where saved and wanted differ, and names the first difference."""
+    for key in sorted(saved.keys() | wanted.keys()):
+        ours, theirs = (x.get(key, "nothing") for x in (wanted, saved))
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint} is another checkpoint than is wanted: in its {what}, "
+                f"{key} is {theirs}, wanted {ours}"
+            )
+
+
+def _verify(checkpoint: Path, files: dict[str, Any]) -> None:
+    """Raises, in every process alike, where a file is not as it was saved."""
+    names = list(files)
+    shared = range(jax.process_index(), len(names), jax.process_count())
+    damaged = (i for i in shared if _damage(checkpoint, names[i], files[names[i]]))
+    found = multihost_utils.process_allgather(np.asarray(next(damaged, -1), np.int32))
+    if found.max() >= 0:
+        name = names[int(found.max())]
+        damage = _damage(checkpoint, name, files[name])
+        raise CheckpointError(f"{checkpoint / name} {damage}")
+
+
+def _damage(checkpoint: Path, name: str, saved: dict[str, Any]) -> str:
+    """Returns what is wrong with a file, and nothing where it is as it was saved."""
+    path = checkpoint / name
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != saved["bytes"]:
+        return f"has {path.stat().st_size} bytes, but {saved['bytes']} were saved"
+    with path.open("rb") as file:
+        same = hashlib.file_digest(file, "sha256").hexdigest() == saved["sha256"]
+    return "" if same else "is damaged: its SHA-256 differs"
