@@ -52,7 +52,14 @@ from rich.progress import Progress
 from adam3_optax import adam3w, state_shardings
 
 HEARTBEAT = 10  # seconds of silence after which JAX takes a process for dead
-WEIGHT_DECAY = 1e-4
+HYPERPARAMETERS = {
+    "b1": char_lm.B1,
+    "b2": char_lm.B2,
+    "b3": char_lm.B3,
+    "lam": char_lm.LAM,
+    "tau": char_lm.TAU,
+    "weight_decay": 1e-4,
+}
 GO_ON = "the same command goes on from the last checkpoint"
 LOOPBACK = "127.0.0.1"
 
@@ -104,6 +111,7 @@ def fully_sharded(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def shape_in(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """Returns what an array is, and where it shall lie."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
@@ -157,13 +165,8 @@ def set_up(options: argparse.Namespace, corpus: char_lm.Corpus, mesh: Any) -> An
     )
     optimizer = adam3w(
         rate,
-        char_lm.B1,
-        char_lm.B2,
-        char_lm.B3,
-        char_lm.LAM,
-        char_lm.TAU,
-        weight_decay=WEIGHT_DECAY,
         third_moment=options.form,
+        **HYPERPARAMETERS,
         **char_lm.STATES[options.state],
     )
 
@@ -192,15 +195,8 @@ def describe(options: argparse.Namespace, corpus: char_lm.Corpus) -> dict[str, A
         "optimizer": "adam3w",
         "third_moment": options.form,
         **{f"{x}_dtype": rests.get(f"{x}_dtype", "float32") for x in "mvs"},
-        "hyperparameters": [
-            char_lm.B1,
-            char_lm.B2,
-            char_lm.B3,
-            char_lm.LAM,
-            char_lm.TAU,
-            WEIGHT_DECAY,
-            options.lr,
-        ],
+        **HYPERPARAMETERS,
+        "learning_rate": options.lr,
         "steps": options.steps,
         "batch": options.batch,
         "seed": options.seed,
@@ -289,6 +285,7 @@ def launch(options: argparse.Namespace, argv: list[str]) -> int:
 
 
 def free_port() -> int:
+    """Returns a port that nobody listens on yet."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
@@ -308,6 +305,7 @@ def start(argv: list[str], i: int, log: Any) -> subprocess.Popen[bytes]:
 
 
 def watch(worker: subprocess.Popen[bytes], i: int, ended: Any) -> None:
+    """Notes that a worker ended, when it does."""
     worker.wait()
     ended.put(i)
 
@@ -348,6 +346,7 @@ def show(log: Any) -> None:
 
 
 def say(message: str) -> None:
+    """Writes a line to the standard error."""
     print(f"multi_process.py: {message}", file=sys.stderr, flush=True)
 
 

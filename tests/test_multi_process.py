@@ -323,7 +323,7 @@ def test_a_worker_that_is_silent(process: int, tmp_path: Path) -> None:
     ended = launch(tmp_path, faults=faults)
     assert ended.status == 1
     *_, last = ended.errors.splitlines(keepends=True)
-    assert re.fullmatch(rf"multi_process.py: worker . ended \\(.+\\), {GO_ON}", last)
+    assert re.fullmatch(rf"multi_process.py: worker . ended \(.+\), {GO_ON}", last)
     assert multi_process.HEARTBEAT - 5 < ended.seconds < LIMIT
 
 

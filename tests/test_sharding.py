@@ -455,7 +455,7 @@ def test_state_shardings(setting: Any, wrapped: str, standard_promotion: None) -
         assert x.sharding.is_equivalent_to(sharding, x.ndim), x.shape
     assert seen[64, 128] >= 3
     assert seen[64, 1] == [*setting.values()].count("int8")
-    # The state stays where it is, also in arrays made without a mesh in sight.
+    # An update leaves it there, and compiles once.
     stepped = jax.jit(optimizer.update, out_shardings=(where, found))
     for _ in range(2):
         _, state = stepped(params, state, params)
