@@ -1,4 +1,4 @@
-"""The table of accuracy in docs/low_precision.md, from the runs in a record.
+"""The tables of accuracy and speed in docs/low_precision.md, from a record.
 
 Each setting is compared with float32 in the same form, seed by seed: the same
 initialisation and the same batches. "Equivalent" means that two one-sided t-tests put
@@ -84,11 +84,28 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def speed_table(folder: Path) -> str:
+    """Returns the table of step times against Adam's in Markdown."""
+    lines = (folder / "speed" / "results.jsonl").read_text().splitlines()
+    found = {row.get("arm"): row for row in map(json.loads, lines)}
+    table = [
+        "| form, state | time of a step, against `optax.adam` (quartiles) |",
+        "|---|---|",
+    ]
+    for arm, row in found.items():
+        if arm and arm.startswith(("adam3", "optax.adamw")):
+            low, middle, high = row["ratio"]
+            name = arm.removeprefix("adam3 ")
+            table.append(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
+    return "\n".join(table)
+
+
 def main() -> None:
-    """Prints the table of a record."""
+    """Prints the tables of a record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where runs.jsonl is")
-    print(table(parser.parse_args().folder))
+    folder = parser.parse_args().folder
+    print(table(folder), speed_table(folder), sep="\n\n")
 
 
 if __name__ == "__main__":
