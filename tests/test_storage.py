@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import adam3_optax
 from adam3_optax import _storage, scale_by_adam3
 from adam3_optax._rounding import random_bits, stream
 
@@ -290,3 +291,27 @@ def test_derivatives_stop_at_narrow_state(setting: str) -> None:
     assert not np.any(first)
     assert np.isfinite(second).all()
     assert np.any(second)
+
+
+def test_a_format_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Truncated(_storage.Float):
+        """At rest in float16, the root of v in units of 1/1024."""
+
+        dtypes = (jnp.float16,)
+
+        def load(self, rest: Any) -> jax.Array:
+            return (rest.astype(jnp.float32) / 1024) ** 2
+
+        def store(self, x: jax.Array, rest: Any, bits: Any) -> Any:
+            return (jnp.sqrt(x) * 1024).astype(jnp.float16)
+
+    monkeypatch.setitem(_storage.FORMATS, "float16", Truncated)
+    params = jnp.linspace(0.1, 1.0, 32).reshape(2, 16)
+    new, old = scale_by_adam3(v_dtype="float16"), scale_by_adam3()
+    (_, low), (_, full) = (o.update(params, o.init(params)) for o in (new, old))
+    assert low.v.dtype == jnp.float16
+    updates, low = jax.jit(new.update)(params, low)
+    expected, full = old.update(params, full)
+    np.testing.assert_allclose(updates, expected, rtol=1e-2)
+    converted: Any = adam3_optax.convert_state(low)
+    np.testing.assert_allclose(converted.v, full.v, rtol=1e-2)
