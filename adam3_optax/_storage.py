@@ -125,10 +125,13 @@ class Int8Rows(Float):
     def zeros(self, params: Any) -> Any:
         codes = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=self._dtype(p)), params)
 
-        def scale(x: jax.Array) -> jax.Array:
-            return _maxima(x, -1 if x.dtype == self.dtype else None)
+        def scale(param: Any, code: jax.Array) -> jax.Array:
+            # Shaped and sharded like the maxima that it will be made from. Those of
+            # zeros the compiler would compute while it compiles `init`.
+            axis = -1 if code.dtype == self.dtype else None
+            return jnp.zeros_like(_maxima(jnp.asarray(param), axis))
 
-        return Int8(codes, jax.tree.map(scale, codes))
+        return Int8(codes, jax.tree.map(scale, params, codes))
 
     def _dtype(self, param: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
