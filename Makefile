@@ -30,7 +30,7 @@ bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/figures.py $(RECORD)
 
 test: lint
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(TESTS)
 	@$(BIN)/python -c "import jax, platform; print('Passed on Python', \
 	  platform.python_version(), 'with jax', jax.__version__ + \
 	  ': ruff (lint, format), mypy, and the tests counted above.')"

@@ -113,7 +113,7 @@ def single_of(*more: str) -> Single:
         init,
         where,
         jax.tree.map(multi_process.shape_in, jax.eval_shape(init), where),
-        multi_process.make_step(graph, optimizer, where["params"], mesh),
+        multi_process.make_step(graph, optimizer, where, mesh),
         lambda step: multi_process.batch_at(corpus, 0, step, options.batch, mesh),
         multi_process.describe(options, corpus),
     )
@@ -237,6 +237,7 @@ def test_two_processes_of_four_are_one_of_eight(whole: Path, single: Single) -> 
             assert np.array_equal(p[same], p_[same])
             equal, total = equal + same.sum(), total + same.size
     assert total > 10_000
+    assert single.step._cache_size() == 1  # compiled once: what it returns, it takes
     print(f"{equal} of {total} elements are equal to the bit")
 
 

@@ -54,9 +54,11 @@ def oracle(moment: str, row: Any) -> Any:
     values = np.sign(codes) * (np.abs(codes) * scale) ** power
     allowed = []
     for x in row:
-        below = codes[values <= x + 1e-4 * np.abs(x)].max()
-        above = codes[values >= x - 1e-4 * np.abs(x)].min()
-        choice = {below, above}
+        # Within float32's rounding of a code's value, either side of it will do.
+        error = 1e-5 * np.abs(x)
+        below = codes[values <= x - error].max(initial=codes[0])
+        above = codes[values >= x + error].min(initial=codes[-1])
+        choice = set(range(below, above + 1))
         if moment == "v" and x > 0:
             choice = {max(c, 1) for c in choice}
         allowed.append(choice)
