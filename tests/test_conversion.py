@@ -171,3 +171,11 @@ def test_conversions_of_leaves_and_counts_round_apart() -> None:
     for i, a in enumerate(masks):
         for b in masks[:i]:
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("setting", [{}, BF16, INT8])
+def test_a_gradient_where_the_state_has_none(setting: Any) -> None:
+    optimizer = adam3(1e-2, **setting)
+    state = optimizer.init({"w": None, "b": PARAMS["b"]})
+    with pytest.raises(ValueError, match=r"^updates\['w'\] is an array, but .* None"):
+        optimizer.update(PARAMS, state)
