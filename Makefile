@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo bench test test-slow test-gpu lint format wheel clean
+.PHONY: help demo bench study test test-slow test-gpu lint format wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
 	@echo "make bench     measure time and memory of a step against Optax's (a quarter hour)"
+	@echo "make study     compare AdaM3 with other optimizers, tuned alike (hours; goes on if stopped)"
 	@echo "make test      lint, type-check and run every test"
 	@echo "make test-slow run the tests that take minutes each"
 	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
@@ -19,7 +20,8 @@ help:
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what make made"
 	@echo "Variables: PYTHON=python3.13 VENV=.venv313; ARGS for the demo, as ARGS='--steps 200',"
-	@echo "  and for the benchmarks, as ARGS=--quick; RECORD, the folder that they write to"
+	@echo "  and for bench and study, as ARGS=--quick; RECORD, the folder that bench writes to;"
+	@echo "  TEXT, a UTF-8 file for the study's language models"
 
 demo: $(VENV)/.examples
 	@$(BIN)/python examples/char_lm.py $(ARGS)
@@ -28,6 +30,9 @@ bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/step_time.py --out $(RECORD) $(ARGS)
 	@$(BIN)/python benchmarks/memory.py --out $(RECORD) $(ARGS)
 	@$(BIN)/python benchmarks/figures.py $(RECORD)
+
+study: $(VENV)/.bench
+	@$(BIN)/python benchmarks/compare.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
 test: lint
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(TESTS)

@@ -9,6 +9,8 @@ al. (arXiv 2106.11514), which averages m² and has no third moment.
 from adam3_optax._conversion import convert_state as convert_state
 from adam3_optax._conversion import from_adam_state as from_adam_state
 from adam3_optax._conversion import to_adam_state as to_adam_state
+from adam3_optax._diagnostics import ThirdMomentReport as ThirdMomentReport
+from adam3_optax._diagnostics import third_moment_report as third_moment_report
 from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
 from adam3_optax._optimizers import adam3 as adam3
 from adam3_optax._optimizers import adam3w as adam3w

@@ -9,8 +9,8 @@ topics of `help()`, so nothing is downloaded.
 
 The form defaults to "standardized", the only one free of the gradients' scale. In a
 language model |g| is about 1e-4, and its cube is nothing next to it: the "cubic" form
-equals Adam to float32 rounding, and would show Adam twice. The table's last column
-measures that.
+equals Adam to float32 rounding, and would show Adam twice. The progress lines, the
+table's last column and the verdict below it measure that.
 
 This is a demonstration, not a benchmark: one model, one learning rate, one seed. It
 makes no claim that AdaM3 wins. Ctrl-C stops the training and reports what there is; a
@@ -22,7 +22,6 @@ import collections
 import contextlib
 import functools
 import io
-import math
 import re
 import signal
 import sys
@@ -49,7 +48,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from adam3_optax import adam3w, convert_state
+from adam3_optax import ThirdMomentReport, adam3w, third_moment_report
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 2, 96, 4, 64, 16
 FORMS = ("cubic", "stabilized", "standardized")
@@ -89,7 +88,7 @@ class Run:
     validation: dict[int, float] = field(default_factory=dict)  # by the steps done
     seconds: float = 0.0
     state_bytes: int = 0
-    ratio: float | None = None
+    report: ThirdMomentReport | None = None
     params: Any = None
 
     @property
@@ -176,8 +175,9 @@ def train(
     corpus: Corpus,
     options: argparse.Namespace,
     interrupted: threading.Event,
+    measure: Callable[[Any], ThirdMomentReport] | None,
 ) -> None:
-    """Takes the steps and fills in the run."""
+    """Takes the steps and fills in the run; measures its third moment at each pause."""
     graph, params = model
     params = jax.tree.map(jnp.copy, params)  # the other optimizer starts from them, too
     state = optimizer.init(params)
@@ -207,40 +207,26 @@ def train(
                 run.losses.append(float(unread.popleft()))
             if pause:
                 run.validation[done] = float(evaluate(params, graph, corpus.held_out))
+                run.report = measure(state) if measure else None
             if done == 1:
                 began = time.perf_counter()  # leaves the compilation out
             run.seconds = time.perf_counter() - began
             rate = (done - 1) / max(run.seconds, 1e-9)
-            latest = f"loss {run.losses[-1]:.3f}  {rate:.0f} steps/s"
+            latest = f"loss {run.losses[-1]:.3f}  {rate:.0f} steps/s{ratio_of(run)}"
             bar.update(task, completed=done, latest=latest)
             if pause and bar.disable:  # lines where there is no terminal for a bar
                 line = f"{run.optimizer:6}  step {done:>5}  {latest}"
                 print(f"{line}  validation {run.validation[done]:.3f}", flush=True)
             if last:
                 break
-    run.params, run.ratio = params, median_ratio(state, run.form)
+    run.params = params
 
 
-def median_ratio(state: optax.OptState, form: str) -> float | None:
-    """Returns the median of |b_t|/|m̂| over the elements that have had a gradient.
-
-    None where there is no third moment.
-    """
-    if optax.tree.get(state, "ScaleByAdam3State") is None:
-        return None
-    found: Any = optax.tree.get(convert_state(state), "ScaleByAdam3State")
-    m, v, s = (
-        np.concatenate([x.ravel() for x in jax.tree.leaves(tree)], dtype=np.float64)
-        for tree in (found.m, found.v, found.s)
-    )
-    m, v, s = (x[(m != 0) & (v > 0)] for x in (m, v, s))
-    c1, c2, c3 = (1 - b ** int(found.count) for b in (B1, B2, B3))
-    if form == "standardized":
-        sigma = np.sqrt(v / c2)
-        b = LAM * sigma * np.clip(s / c3 / sigma**3, -TAU, TAU)
-    else:
-        b = LAM * np.clip(s, -TAU, TAU)
-    return float(np.median(np.abs(b / (m / c1)))) if m.size else math.nan
+def ratio_of(run: Run) -> str:
+    """Returns the last median of |b_t|/|m̂|, and nothing without a third moment."""
+    if run.report is None:
+        return ""
+    return f"  |b|/|m̂| {float(run.report.rows.ratio[0]):.1e}"
 
 
 @contextlib.contextmanager
@@ -278,7 +264,7 @@ def table_of(runs: list[Run]) -> Table:
             f"{run.validation_loss:.4f}",
             f"{run.seconds:.1f}",
             decimal(run.state_bytes),
-            "-" if run.ratio is None else f"{run.ratio:.1e}",
+            ratio_of(run).rpartition(" ")[2] or "-",
         )
     return table
 
@@ -415,17 +401,25 @@ def main(argv: list[str] | None = None) -> int:
         0.0, options.lr, warm_up, options.steps, end_value=options.lr / 10
     )
     resting: dict[str, Any] = STATES[options.state]
-    ours = adam3w(rate, B1, B2, B3, LAM, TAU, third_moment=options.form, **resting)
-    arms = (("AdaM3W", options.form, ours), ("AdamW", "-", optax.adamw(rate, B1, B2)))
+    rule: dict[str, Any] = {"b1": B1, "b2": B2, "b3": B3, "lam": LAM, "tau": TAU}
+    rule["third_moment"] = options.form
+    report = functools.partial(third_moment_report, **rule)
+    arms = (
+        ("AdaM3W", options.form, adam3w(rate, **rule, **resting), report),
+        ("AdamW", "-", optax.adamw(rate, B1, B2), None),
+    )
     runs: list[Run] = []
     with first_interrupt_noted() as interrupted:
         model = nnx.split(Transformer(len(corpus.alphabet), nnx.Rngs(options.seed)))
-        for name, form, optimizer in arms:
+        for name, form, optimizer, measure in arms:
             if not (runs and interrupted.is_set()):
                 runs.append(Run(name, form))
-                train(runs[-1], optimizer, model, corpus, options, interrupted)
+                arguments = (model, corpus, options, interrupted, measure)
+                train(runs[-1], optimizer, *arguments)
         console = Console()
         console.print("", table_of(runs), f"{headline(runs)}.", sep="\n")
+        if runs[0].report:
+            console.print(runs[0].report.verdict())
         draw(runs, options.figure)
         key = jax.random.key(options.seed)
         tokens = generate(runs[0].params, model[0], corpus.held_out[0, :-1], key)

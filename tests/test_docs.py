@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -28,6 +29,15 @@ def test_readme_code_runs_from_top_to_bottom(standard_promotion: None) -> None:
     assert len(code) >= 5
     for number, block in enumerate(code):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+
+
+def test_code_on_diagnostics_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks(ROOT / "docs" / "diagnostics.md", "python")
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "docs/diagnostics.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "With these gradients the third moment changes nothing" in printed
+    assert "third_moment/ratio" in namespace["scalars"]
 
 
 def test_readme_commands_exist() -> None:
@@ -59,7 +69,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["adam3", "adam3w", "scale_by_adam3", "ScaleByAdam3State", "BlowUpWarning"]
+    "name",
+    [
+        "adam3",
+        "adam3w",
+        "scale_by_adam3",
+        "ScaleByAdam3State",
+        "BlowUpWarning",
+        "third_moment_report",
+    ],
 )
 def test_public_names_are_documented(name: str) -> None:
     assert (getattr(adam3_optax, name).__doc__ or "").strip()

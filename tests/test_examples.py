@@ -70,10 +70,14 @@ def test_char_lm_learns_and_reports(tmp_path: Path) -> None:
         progress = re.findall(rf"{row[0]} +step .*validation (\S+)", printed)
         losses = [float(loss) for loss in progress]
         assert len(losses) == 4
+        ratios = re.findall(rf"{row[0]} +step .*\|b\|/\|m̂\| (\S+)", printed)
+        assert len(ratios) == (4 if row[0] == "AdaM3W" else 0)
+        assert ratios[-1:] == [row[8]] or row[8] == "-"
         assert all(map(math.isfinite, losses))
         # From a wild guess to better than the frequencies of the characters.
         assert losses[0] > 4 > 3 > losses[-1]
         assert float(row[4]) == pytest.approx(losses[-1], abs=1e-3)
+    assert "\nThe third moment shifts the momentum: median ratio" in printed
     assert re.search(r"AdaM3W ends .* AdamW: validation loss \d.* against \d", printed)
     figure, sample = Path("out", "char_lm.png"), Path("out", "char_lm.txt")
     assert printed.endswith(f"\nLoss curves: {figure}\nSample: {sample}\n")
@@ -85,7 +89,9 @@ def test_char_lm_cubic_is_adam_and_a_seed_fixes_all(tmp_path: Path) -> None:
     outcomes = []
     for out in ("a", "b"):
         options = ["--text", "text", "--steps", "12", "--form", "cubic", "--out", out]
-        rows = ROW.findall(run(tmp_path, "char_lm.py", *options))
+        printed = run(tmp_path, "char_lm.py", *options)
+        assert "With these gradients the third moment changes nothing in" in printed
+        rows = ROW.findall(printed)
         check_files(tmp_path / out)
         sample = (tmp_path / out / "char_lm.txt").read_text("utf-8")
         outcomes.append(([row[:5] + row[6:] for row in rows], sample))

@@ -1,0 +1,1 @@
+"""The study of AdaM3 against other optimizers: what `compare.py` is made of."""

@@ -1,0 +1,468 @@
+"""The tasks: small models whose training fits, hundreds of times, in an hour.
+
+A task is pure functions that can be jitted. Its data are constants, made from fixed
+seeds, so that a run depends on its own seed alone: parameters and batches are the same
+whatever the optimizer.
+"""
+
+import collections
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+import char_lm
+
+Tree = Any
+
+
+class Task(NamedTuple):
+    """What is trained on.
+
+    Attributes:
+        init: From a key, parameters. Leaves named "embed" and "output" are the ends of
+            a model.
+        batch: From a key, a tree of arrays with the examples along the first axis, an
+            even number of them.
+        loss: From parameters and a batch, the mean loss over its examples.
+        validate: From parameters, a dictionary of numbers; "loss" is the mean negative
+            log-likelihood over held-out examples (of the quadratic, the loss itself).
+    """
+
+    init: Callable[[jax.Array], Tree]
+    batch: Callable[[jax.Array], Tree]
+    loss: Callable[[Tree, Tree], jax.Array]
+    validate: Callable[[Tree], dict[str, jax.Array]]
+
+
+# --- Language models ----------------------------------------------------------------
+
+
+def characters(
+    corpus: char_lm.Corpus,
+    *,
+    characters: int = 0,
+    batch: int = 16,
+    context: int = 32,
+    width: int = 48,
+    layers: int = 1,
+    heads: int = 4,
+    windows: int = 64,
+) -> Task:
+    """A character-level transformer, with embedding and output apart (untied).
+
+    Args:
+        corpus: The text.
+        characters: Length of the training text; 0 takes all of it. A short one is
+            memorised.
+        batch: Windows a step.
+        context: Characters a window.
+        width: Of the features.
+        layers: Of the transformer.
+        heads: Of the attention.
+        windows: To validate on, evenly spread over the last tenth of the text.
+    """
+    tokens = corpus.training[: characters or None]
+    held_out = _evenly(corpus.held_out[:, : context + 1], windows)
+    sizes = _Sizes(len(corpus.alphabet), context, width, layers, heads)
+    return _language_model(tokens, held_out, batch, sizes)
+
+
+def words(
+    corpus: char_lm.Corpus,
+    *,
+    vocabulary: int = 1024,
+    batch: int = 16,
+    context: int = 16,
+    width: int = 48,
+    layers: int = 1,
+    heads: int = 4,
+    windows: int = 128,
+) -> Task:
+    """A word-level transformer with embedding and output apart (untied).
+
+    Words, and marks one by one, in lower case; the vocabulary is the most frequent
+    ones, and all others are one unknown word. The last tenth of the training text is
+    held out.
+
+    Args:
+        corpus: The text.
+        vocabulary: Words that are told apart, with the unknown one.
+        batch: Windows a step.
+        context: Words a window.
+        width: Of the features.
+        layers: Of the transformer.
+        heads: Of the attention.
+        windows: To validate on.
+    """
+    text = "".join(corpus.alphabet[token] for token in corpus.training)
+    found = re.findall(r"\w+|[^\w\s]", text.lower())
+    if len(found) < 100 * context:
+        raise ValueError(f"{len(found)} words, but {100 * context} are needed")
+    known = [word for word, _ in collections.Counter(found).most_common(vocabulary - 1)]
+    index = {word: i for i, word in enumerate(known, 1)}
+    tokens = np.array([index.get(word, 0) for word in found], np.int32)
+    tokens, rest = np.split(tokens, [-(len(tokens) // 10)])
+    starts = np.linspace(0, len(rest) - context - 1, windows, dtype=int)
+    held_out = rest[starts[:, None] + np.arange(context + 1)]
+    return _language_model(
+        tokens, held_out, batch, _Sizes(vocabulary, context, width, layers, heads)
+    )
+
+
+class _Sizes(NamedTuple):
+    """How large a transformer is."""
+
+    vocabulary: int
+    context: int
+    width: int
+    layers: int
+    heads: int
+
+
+def _language_model(
+    tokens: np.ndarray, held_out: np.ndarray, batch: int, sizes: _Sizes
+) -> Task:
+    """Returns the task of predicting each next token."""
+    context = sizes.context
+    if len(tokens) <= context + 1:
+        raise ValueError(f"{len(tokens)} tokens to train on, but context is {context}")
+    training, validation = jnp.asarray(tokens), jnp.asarray(held_out)
+
+    def draw(key: jax.Array) -> jax.Array:
+        starts = _uniform(key, batch, len(tokens) - context)
+        return training[starts[:, None] + jnp.arange(context + 1)[None]]
+
+    def loss(params: Tree, windows: jax.Array) -> jax.Array:
+        logits = _transformer(params, windows[:, :-1], sizes.heads)
+        return _cross_entropy(logits, windows[:, 1:]).mean()
+
+    def validate(params: Tree) -> dict[str, jax.Array]:
+        return {"loss": loss(params, validation)}
+
+    return Task(lambda key: _transformer_init(key, sizes), draw, loss, validate)
+
+
+def _transformer_init(key: jax.Array, sizes: _Sizes) -> Tree:
+    """Returns fresh parameters; a map's have variance 1 / (its inputs)."""
+    width, rows = sizes.width, sizes.vocabulary + sizes.context
+    count = width * (rows + sizes.vocabulary + 12 * width * sizes.layers)
+    numbers = jax.random.normal(key, (count,))  # drawn at once: compiles faster
+    used = 0
+
+    def normal(inputs: int, outputs: int) -> jax.Array:
+        nonlocal used
+        used += inputs * outputs
+        return numbers[used - inputs * outputs : used].reshape(inputs, outputs)
+
+    def dense(inputs: int, outputs: int) -> jax.Array:
+        return normal(inputs, outputs) / inputs**0.5
+
+    return {
+        "embed": 0.1 * normal(sizes.vocabulary, width),
+        "position": 0.1 * normal(sizes.context, width),
+        "output": dense(width, sizes.vocabulary),
+        "norm": jnp.ones(width),
+        "blocks": [
+            {
+                "norm_1": jnp.ones(width),
+                "attend": dense(width, 3 * width),
+                "merge": dense(width, width),
+                "norm_2": jnp.ones(width),
+                "up": dense(width, 4 * width),
+                "down": dense(4 * width, width),
+            }
+            for _ in range(sizes.layers)
+        ],
+    }
+
+
+def _transformer(params: Tree, tokens: jax.Array, heads: int) -> jax.Array:
+    """Returns logits (batch, context, vocabulary) for tokens (batch, context)."""
+    x = params["embed"][tokens] + params["position"][None]
+    later = jnp.triu(jnp.ones((x.shape[1], x.shape[1]), bool), 1)
+    for block in params["blocks"]:
+        y = _norm(x, block["norm_1"]) @ block["attend"]
+        q, k, v = jnp.split(y.reshape(*y.shape[:2], heads, -1), 3, axis=-1)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        weights = jax.nn.softmax(jnp.where(later[None, None], -1e30, scores))
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        x = x + y @ block["merge"]
+        hidden = jax.nn.gelu(_norm(x, block["norm_2"]) @ block["up"])
+        x = x + hidden @ block["down"]
+    return _norm(x, params["norm"]) @ params["output"]
+
+
+def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """Returns features divided by their root mean square, times a gain."""
+    size = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return x / size * gain[None, None]
+
+
+def _uniform(key: jax.Array, count: int, below: int) -> jax.Array:
+    """Returns whole numbers from 0; compiles faster than `jax.random.randint`."""
+    bits = jax.random.bits(key, (count,), jnp.uint32)
+    return (bits % jnp.uint32(below)).astype(jnp.int32)
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the negative log-likelihood of each label."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+# --- Classifiers --------------------------------------------------------------------
+
+
+def softmax(
+    *,
+    classes: int = 256,
+    examples: int = 8192,
+    features: int = 64,
+    distance: float = 6.0,
+    batch: int = 128,
+    label_noise: float = 0.0,
+) -> Task:
+    """Softmax regression on Gaussian clusters, class k with frequency 1/k.
+
+    Args:
+        classes: How many.
+        examples: To train on; as many to validate, drawn in the same way.
+        features: Dimension of the space.
+        distance: Mean distance between two centres, in standard deviations of a
+            cluster along the line that joins them.
+        batch: Examples a step.
+        label_noise: Probability that a label, also a held-out one, is replaced by one
+            of all classes, all equally likely.
+    """
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(classes, features)) * distance / (2 * features) ** 0.5
+    frequencies = 1 / np.arange(1, classes + 1)
+    frequencies /= frequencies.sum()
+
+    def sample() -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.choice(classes, size=examples, p=frequencies)
+        x = centres[labels] + rng.normal(size=(examples, features))
+        return x.astype(np.float32), _with_noise(labels, classes, label_noise, rng)
+
+    def init(key: jax.Array) -> Tree:
+        del key  # at 0 the problem is convex, and has no other start worth a seed
+        return {"output": jnp.zeros((features, classes)), "bias": jnp.zeros(classes)}
+
+    def logits(params: Tree, x: jax.Array) -> jax.Array:
+        return x @ params["output"] + params["bias"][None]
+
+    weights = np.full(examples, 1 / examples)
+    return _classifier(init, logits, sample(), (*sample(), weights), batch)
+
+
+def digits(
+    *,
+    width: int = 64,
+    batch: int = 64,
+    long_tail: bool = False,
+    label_noise: float = 0.0,
+) -> Task:
+    """An MLP with one hidden layer on scikit-learn's digits, a third of them held out.
+
+    Args:
+        width: Of the hidden layer.
+        batch: Images a step.
+        long_tail: Whether of digit k (0 is 1, ..., 9 is 10) only 1/k of the images is
+            kept. The held-out ones are all kept, and weighted to match.
+        label_noise: Probability that a label, also a held-out one, is replaced by one
+            of all digits, all equally likely.
+    """
+    data = load_digits()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(data.target))
+    x = (data.data[order] / 16).astype(np.float32)
+    y = data.target[order]
+    cut = 2 * len(y) // 3
+    frequencies = np.ones(10)
+    keep = np.arange(cut)
+    if long_tail:
+        frequencies = 1 / np.arange(1, 11)
+        largest = min(np.bincount(y[:cut], minlength=10))
+        counts = np.maximum(1, np.round(largest * frequencies)).astype(int)
+        members = [np.flatnonzero(y[:cut] == k)[: counts[k]] for k in range(10)]
+        keep = np.concatenate(members)
+    shares = np.bincount(y[cut:], minlength=10)
+    weights = (frequencies / shares)[y[cut:]]
+    training = x[keep], _with_noise(y[keep], 10, label_noise, rng)
+    held_out = x[cut:], _with_noise(y[cut:], 10, label_noise, rng)
+
+    def init(key: jax.Array) -> Tree:
+        numbers = jax.random.normal(key, (74, width))
+        return {
+            "hidden": numbers[:64] / 8,
+            "hidden_bias": jnp.zeros(width),
+            "output": numbers[64:].T / width**0.5,
+            "bias": jnp.zeros(10),
+        }
+
+    def logits(params: Tree, x: jax.Array) -> jax.Array:
+        hidden = jax.nn.relu(x @ params["hidden"] + params["hidden_bias"][None])
+        return hidden @ params["output"] + params["bias"][None]
+
+    weights = weights / weights.sum()
+    return _classifier(init, logits, training, (*held_out, weights), batch)
+
+
+def _classifier(
+    init: Callable[[jax.Array], Tree],
+    logits: Callable[[Tree, jax.Array], jax.Array],
+    training: tuple[np.ndarray, np.ndarray],
+    held_out: tuple[np.ndarray, np.ndarray, np.ndarray],
+    batch: int,
+) -> Task:
+    """Returns the task of a classifier; held-out examples have weights of sum 1."""
+    x, y = map(jnp.asarray, training)
+    x_out, y_out = map(jnp.asarray, held_out[:2])
+    weights = jnp.asarray(held_out[2], jnp.float32)
+
+    def draw(key: jax.Array) -> Tree:
+        chosen = _uniform(key, batch, len(y))
+        return x[chosen], y[chosen]
+
+    def loss(params: Tree, examples: Tree) -> jax.Array:
+        return _cross_entropy(logits(params, examples[0]), examples[1]).mean()
+
+    def validate(params: Tree) -> dict[str, jax.Array]:
+        found = logits(params, x_out)
+        wrong = (found.argmax(axis=-1) != y_out).astype(jnp.float32)
+        nll = _cross_entropy(found, y_out)
+        return {"loss": (weights * nll).sum(), "error": (weights * wrong).sum()}
+
+    return Task(init, draw, loss, validate)
+
+
+def _with_noise(
+    labels: np.ndarray, classes: int, noise: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns labels, some of them replaced by random ones."""
+    replaced = rng.random(len(labels)) < noise
+    random = rng.integers(classes, size=len(labels))
+    return np.where(replaced, random, labels).astype(np.int32)
+
+
+# --- The quadratic ------------------------------------------------------------------
+
+
+def quadratic(*, elements: int = 1024, batch: int = 2, shape: int = 2) -> Task:
+    """x²/2 for each of many independent elements, with skewed noise in its gradient.
+
+    The gradient is x + noise, of variance 1 and of skewness 2 / sqrt(shape·batch): the
+    mean of a batch of centred gamma variables. `stationary_point` says where AdaM3
+    settles.
+
+    Args:
+        elements: How many.
+        batch: Gamma variables a step.
+        shape: Of the gamma distribution: a whole number; 1 is the exponential one.
+    """
+
+    def draw(key: jax.Array) -> jax.Array:
+        uniform = jax.random.uniform(key, (shape, batch, elements), minval=1e-30)
+        return (-jnp.log(uniform).sum(axis=0) - shape) * (batch / shape) ** 0.5
+
+    def loss(params: Tree, noise: jax.Array) -> jax.Array:
+        x = params["x"][None]
+        return (0.5 * x * x + noise * x).sum(axis=1).mean()
+
+    def validate(params: Tree) -> dict[str, jax.Array]:
+        x = params["x"]
+        return {"loss": 0.5 * (x * x).mean(), "mean": x.mean()}
+
+    return Task(lambda _: {"x": jnp.zeros(elements)}, draw, loss, validate)
+
+
+def stationary_point(skewness: float, lam: float, tau: float, b1: float) -> float:
+    """Returns where the standardized form settles on the quadratic, in closed form.
+
+    The mean update is 0 where the mean momentum, x, is the opposite of the term,
+    lam·sqrt(v)·clip(γ, ±tau), with v = 1 + x². γ is the skewness that AdaM3 sees.
+    d = g - m is b1·(g - what m was before): a sum of b1 and of -b1·(1-b1)·b1ʲ, j = 0,
+    1, ..., times independent noises n. Their third powers add up to
+    3·b1⁴/(1 + b1 + b1²) of E[n³]; and v^(3/2) divides.
+
+    Args:
+        skewness: Of the noise, whose variance is 1.
+        lam: Weight of the term.
+        tau: Its threshold.
+        b1: Decay of the first moment.
+    """
+    third = skewness * 3 * b1**4 / (1 + b1 + b1**2)
+    x = 0.0
+    for _ in range(100):  # a contraction, for |lam|·tau < 1
+        v = 1 + x * x
+        x = -lam * v**0.5 * float(np.clip(third / v**1.5, -tau, tau))
+    return x + 0.0  # not -0
+
+
+# --- From a name --------------------------------------------------------------------
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "characters": characters,
+    "words": words,
+    "softmax": softmax,
+    "digits": digits,
+    "quadratic": quadratic,
+}
+OF_TEXT = ("characters", "words")
+
+
+def make(kind: str, options: dict[str, Any], corpus: char_lm.Corpus) -> Task:
+    """Returns a task.
+
+    Raises:
+        ValueError: No such kind or option, an odd batch, or too short a text.
+    """
+    check(kind, options)
+    return TASKS[kind](*((corpus,) if kind in OF_TEXT else ()), **options)
+
+
+def check(kind: str, options: dict[str, Any]) -> None:
+    """Raises where a kind or an option of a task is unknown or of a wrong type."""
+    if kind not in TASKS:
+        raise ValueError(f"kind must be one of {', '.join(TASKS)}, got {kind!r}")
+    allowed = inspect.signature(TASKS[kind]).parameters
+    for name, value in options.items():
+        if name not in allowed or name == "corpus":
+            names = ", ".join(x for x in allowed if x != "corpus")
+            raise ValueError(f"{kind} has no option {name!r}; it has {names}")
+        wanted = type(allowed[name].default)
+        if type(value) is not wanted and not (wanted is float and value in (0, 1)):
+            raise ValueError(f"{name} must be of type {wanted.__name__}, got {value!r}")
+    if options.get("batch", 2) % 2:
+        raise ValueError(f"batch must be even, got {options['batch']}: halves are used")
+
+
+def fingerprint(corpus: char_lm.Corpus) -> str:
+    """Returns a digest of a text."""
+    digest = hashlib.sha256("".join(corpus.alphabet).encode())
+    for tokens in (corpus.training, corpus.held_out):
+        digest.update(np.ascontiguousarray(tokens).tobytes())
+    return digest.hexdigest()
+
+
+def gradient_scale(task: Task) -> float:
+    """Returns the root mean square of a task's gradient where its training begins."""
+    params = task.init(jax.random.key(0))
+    gradient = jax.grad(task.loss)(params, task.batch(jax.random.key(1)))
+    elements = np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
+    return float(np.sqrt(np.mean(elements[elements != 0].astype(np.float64) ** 2)))
+
+
+def _evenly(rows: np.ndarray, count: int) -> np.ndarray:
+    """Returns so many rows, evenly spread; all, where there are fewer."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows)), dtype=int)]

@@ -1,0 +1,675 @@
+"""The study: its statistics, its design, its pairing, its record, and a tiny run."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adam3_optax
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
+STUDIES = FOLDER / "studies"
+stats: Any = importlib.import_module("scipy.stats")  # it has no types
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+SHARED = {"lr": 1e-2, "warm_up": 0.1, "b2": 0.99, "weight_decay": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch, standard_promotion: None) -> None:
+    """The scripts import one another as scripts do, and run Optax's own code."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def part(name: str) -> Any:
+    return importlib.import_module(f"study.{name}")
+
+
+# --- Statistics ---------------------------------------------------------------------
+
+
+def test_statistics_of_paired_differences() -> None:
+    compare = part("statistics").compare
+    rng = np.random.default_rng(0)
+    base = rng.normal(2.0, 0.3, 10)
+    arm = base + rng.normal(0.02, 0.03, 10)
+    found = compare(arm, base, 0.05)
+    d = arm - base
+    assert found.n == 10
+    assert found.difference == pytest.approx(d.mean())
+    assert found.sd == pytest.approx(np.std(d, ddof=1))
+    # By hand: mean ± 2.262·sd/sqrt(10), the t quantile of 9 degrees of freedom.
+    half = 2.26216 * found.sd / math.sqrt(10)
+    assert found.interval == pytest.approx((d.mean() - half, d.mean() + half), rel=1e-4)
+    assert found.p == pytest.approx(stats.ttest_rel(arm, base).pvalue)
+    assert found.detectable == pytest.approx(2.8 * found.sd / math.sqrt(10))
+    low, high = found.bootstrap
+    assert low < found.difference < high
+    assert high - low == pytest.approx(2 * 1.96 * found.sd / math.sqrt(10), rel=0.25)
+    # Equivalence: the 90% interval lies within the margin just where p < .05.
+    reach = abs(d.mean()) + 1.83311 * found.sd / math.sqrt(10)
+    assert compare(arm, base, reach * 1.001).p_equivalence < 0.05
+    assert compare(arm, base, reach * 0.999).p_equivalence > 0.05
+
+
+def test_differences_without_spread_need_no_test() -> None:
+    compare = part("statistics").compare
+    same = compare([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], 0.01)
+    assert (same.difference, same.p, same.p_equivalence) == (0, 1, 0)
+    apart = compare([1.5, 2.5, 3.5], [1.0, 2.0, 3.0], 0.1)
+    assert (apart.difference, apart.p, apart.p_equivalence) == (0.5, 0, 1)
+    with pytest.raises(ValueError, match="two pairs at least"):
+        compare([1.0], [1.0], 0.1)
+
+
+def test_holm_by_hand() -> None:
+    holm = part("statistics").holm
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "p_equivalence", "said"),
+    [
+        (-0.1, 0.01, 0.9, "better"),
+        (0.1, 0.01, 0.9, "worse"),
+        (0.1, 0.01, 0.01, "worse, within the margin"),
+        (0.1, 0.2, 0.01, "equivalent"),
+        (-0.1, 0.2, 0.2, "undecided"),
+    ],
+)
+def test_verdict(difference: float, p: float, p_equivalence: float, said: str) -> None:
+    assert part("statistics").verdict(difference, p, p_equivalence, 0.05) == said
+
+
+def test_steps_to_the_baseline() -> None:
+    steps_to = part("statistics").steps_to
+    assert steps_to(1.5, [3.0, 2.0, 1.0, 0.5], 400) == 250
+    assert steps_to(5.0, [3.0, 2.0], 400) == 200
+    assert steps_to(0.1, [3.0, 2.0], 400) is None
+
+
+# --- The design ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["main", "search", "quick", "tiny"])
+def test_every_arm_has_as_many_trials_on_shared_points(name: str) -> None:
+    plan = part("plan")
+    study = plan.load(STUDIES / f"{name}.toml")
+    for task in study.tuned_tasks():
+        base = plan.settings(study, task, study.baseline)
+        for arm in study.arms:
+            mine = plan.settings(study, task, arm)
+            assert len(mine) == study.tuning["trials"]
+            ratio = study.arms[arm].get("rate", 1.0)
+            for ours, theirs in zip(mine, base, strict=True):
+                assert ours["lr"] == pytest.approx(ratio * theirs["lr"], rel=1e-5)
+                for x in ("warm_up", "b2", "weight_decay"):
+                    assert ours[x] == theirs[x]
+
+
+@pytest.mark.parametrize("name", ["main", "search"])
+def test_the_design_has_five_learning_rates_a_decade(name: str) -> None:
+    plan = part("plan")
+    study = plan.load(STUDIES / f"{name}.toml")
+    assert study.final["seeds"] >= 8
+    for task in study.tuned_tasks():
+        for arm in study.arms:
+            settings = plan.settings(study, task, arm)
+            lr = np.log10([x["lr"] for x in settings])
+            low = math.log10(plan.centre(study, task, arm)) - study.space["decades"] / 2
+            for decade in range(int(study.space["decades"])):
+                begin = low + decade
+                assert ((lr >= begin) & (lr < begin + 1)).sum() >= 5
+            # Stratified: no two of the first 16 in the same sixteenth.
+            cells = np.floor((lr[:16] - low) / study.space["decades"] * 16)
+            assert len(set(cells)) == 16
+
+
+def test_numbers_stay_in_their_ranges() -> None:
+    plan = part("plan")
+    assert plan.spread("warm_up", [0.0, 0.2], 0.5) == 0.1
+    assert plan.spread("lam", [0.01, 1.0], 0.5) == pytest.approx(0.1)
+    assert plan.spread("b2", [0.9, 0.999], 0.5) == pytest.approx(0.99)
+    assert plan.spread("b2", [0.9, 0.999], 0.0) == pytest.approx(0.9)
+
+
+def edited(tmp_path: Path, *changes: tuple[str, str]) -> Path:
+    text = (STUDIES / "tiny.toml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("alpha = 0.05", "", "the study lacks alpha"),
+        ("workers = 2", "workers = 0", "workers must be above 0, got 0"),
+        (
+            "trials = 2",
+            'trials = "two"',
+            "tuning.trials must be of type int, got 'two'",
+        ),
+        (
+            'rule = "standardized"',
+            'rule = "sgd"',
+            "must be one of adamw, .*, got 'sgd'",
+        ),
+        ('kind = "digits"', 'kind = "letters"', "kind must be one of characters, .*"),
+        ("width = 8", "size = 8", "tasks.digits: digits has no option 'size'; it has"),
+        ("batch = 8", "batch = 7", "batch must be even, got 7"),
+        ("lam = [0.001, 0.3]", "lam = [0.3, 0.001]", "space.lam must be a number or a"),
+        ("first = 100", "first = 50", "final's seeds must be fresh, but .50. are not"),
+        ('baseline = "adamw"', 'baseline = "sgd"', "'sgd' is none of .arms."),
+        ("steps = 20", "steps = 30", "must be a multiple of 20"),
+        ('task = "quadratic"', 'task = "cubic"', "'cubic' is none of .tasks."),
+        ("decades = 2.0", "decades =", "Invalid value"),
+    ],
+)
+def test_mistakes_in_a_study(
+    tmp_path: Path, old: str, new: str, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        part("plan").load(edited(tmp_path, (old, new)))
+
+
+def test_the_key_is_of_what_defines_a_trial(tmp_path: Path) -> None:
+    plan = part("plan")
+    study = plan.load(STUDIES / "tiny.toml")
+    [trial, *_] = plan.tune(study)
+    key = study.key(trial, "text")
+    assert key == study.key(trial, "another text")  # digits see no text
+    assert key != study.key(trial._replace(seed=1), "text")
+    assert key != study.key(trial._replace(rule="lion"), "text")
+    assert key != study.key(trial._replace(h={**trial.h, "lr": 1.0}), "text")
+    wider = plan.load(edited(tmp_path, ("width = 8", "width = 9")))
+    assert key != wider.key(trial, "text")
+    quick = plan.load(edited(tmp_path, ("lanes = 2", "lanes = 1")))
+    assert key == quick.key(trial, "text")
+    main = plan.load(STUDIES / "main.toml")
+    [trial, *_] = plan.tune(main)
+    assert trial.task == "characters"
+    assert main.key(trial, "text") != main.key(trial, "another text")
+
+
+# --- Training -----------------------------------------------------------------------
+
+
+def program(rule: str, *, lanes: int, task: Any = None, steps: int = 20) -> Any:
+    task = task or part("tasks").digits(width=8, batch=8)
+    return part("training").Program(
+        task, part("arms").RULES[rule], steps=steps, points=20, lanes=lanes
+    )
+
+
+def setting(rule: str, **changes: float) -> dict[str, float]:
+    return {**part("arms").RULES[rule].numbers, **SHARED, **changes}
+
+
+def test_lanes_train_as_they_would_alone() -> None:
+    # Batched products are summed in another order: an ulp of 6e-8 a step, which 20
+    # steps of Adam, whose update does not shrink with the gradient, may carry on.
+    task = part("tasks").digits(width=8, batch=8)
+    trials = [
+        (setting("standardized", lr=x), seed) for x, seed in ((1e-3, 0), (3e-2, 1))
+    ]
+    alone = program("standardized", lanes=1, task=task)
+    together = program("standardized", lanes=2, task=task).train(trials)
+    for trial, row in zip(trials, together, strict=True):
+        [single] = alone.train([trial])
+        np.testing.assert_allclose(
+            row["validation_loss"], single["validation_loss"], rtol=2e-4
+        )
+        assert row["state_bytes"] == single["state_bytes"]
+    assert together[0]["validation_loss"] != together[1]["validation_loss"]
+
+
+def test_arms_are_paired_by_the_seed() -> None:
+    # With a learning rate of 0 parameters stay, so that the training losses are those
+    # of the initialisation on the batches; they must be the same for all rules.
+    still = {
+        rule: program(rule, lanes=1).train([(setting(rule, lr=0.0), seed)])[0]
+        for rule in ("adamw", "random_sign", "lion")
+        for seed in (3,)
+    }
+    first, *rest = (row["training_loss"] for row in still.values())
+    assert all(losses == first for losses in rest)
+    [other] = program("adamw", lanes=1).train([(setting("adamw", lr=0.0), 4)])
+    assert other["training_loss"] != first
+    assert len(set(first)) > 1  # batches differ from step to step
+
+
+def test_what_is_logged() -> None:
+    [row] = program("standardized", lanes=1).train([(setting("standardized"), 0)])
+    for name in ("validation_loss", "training_loss", "ratio", "ratio_tail", "clipped"):
+        assert len(row[name]) == 20
+    assert row["finite"] is True
+    assert row["final"] == row["validation_loss"][-1] < row["validation_loss"][0]
+    parameters = 64 * 8 + 8 + 8 * 10 + 10
+    assert row["state_bytes"] == 12 * parameters + 8  # the count, and the schedule's
+    assert all(-1 <= x <= 1 for x in row["agreement"] if x is not None)
+    assert row["seconds"] > 0
+    assert 0 <= row["validation_error"][-1] <= 1
+
+
+def test_a_diverged_run_is_recorded_as_such() -> None:
+    [row] = program("adamw", lanes=1).train([(setting("adamw", lr=1e30), 0)])
+    assert (row["finite"], row["final"]) == (False, None)
+    assert None in row["validation_loss"]
+    json.dumps(row, allow_nan=False)
+
+
+def test_halves_of_a_batch_agree_where_the_skewness_is_real() -> None:
+    # All elements have the same skewness; the correlation is over elements, and finds
+    # none. Elements of opposite skewness it tells apart.
+    arms = part("arms")
+    h = {"b1": 0.9, "b2": 0.99, "b3": 0.99, "lam": 0.0, "tau": 1.0, "eps": 1e-8}
+    rule = adam3_optax.scale_by_adam3(
+        h["b1"], h["b2"], h["b3"], third_moment="standardized"
+    )
+    rng = np.random.default_rng(0)
+    noise = jnp.asarray(rng.exponential(size=(600, 2, 64)) - 1, jnp.float32)
+    sign = jnp.asarray(np.repeat([1.0, -1.0], 32), jnp.float32)
+
+    def agreement(gradients: jax.Array) -> float:
+        def step(state: Any, g: jax.Array) -> Any:
+            return jax.vmap(rule.update)(g, state)[1], None
+
+        state = jax.vmap(rule.init)(jnp.zeros((2, 64)))
+        state, _ = jax.lax.scan(step, state, gradients)
+        return float(arms.agreement(state, h))
+
+    assert agreement(noise * sign) > 0.9
+    assert abs(agreement(noise)) < 0.4  # 64 elements: sd 1/8
+
+
+def test_the_measured_ratio_is_that_of_the_update() -> None:
+    arms = part("arms")
+    h = setting("standardized", lam=0.1, b3=0.9)
+    x = arms.Setting(h, jax.random.key(0), 20, 1.0)
+    rng = np.random.default_rng(0)
+    ours = arms.RULES["standardized"].make(x)
+    plain = arms.RULES["adamw"].make(x)
+    params = jnp.zeros(999)
+    a, b = ours.init(params), plain.init(params)
+    for _ in range(5):
+        g = jnp.asarray(rng.exponential(size=999) - 1, jnp.float32)
+        (u, a), (w, b) = ours.update(g, a), plain.update(g, b)
+    ratio = np.abs(np.asarray(u) - np.asarray(w)) / np.abs(np.asarray(w))
+    found = arms.mechanism(arms.RULES["standardized"], a, x)
+    assert float(found["ratio"]) == pytest.approx(np.median(ratio), rel=1e-2)
+    assert 0 < float(found["clipped"]) < 1
+    assert arms.mechanism(arms.RULES["adamw"], b, x) == {}
+
+
+# --- The arms -----------------------------------------------------------------------
+
+
+def direction(rule: str, gradients: Any, **changes: float) -> tuple[Any, Any]:
+    """Returns the last direction of a rule, and its state."""
+    arms = part("arms")
+    x = arms.Setting(setting(rule, **changes), jax.random.key(0), 20, 4.0)
+    made = arms.RULES[rule].make(x)
+    params = {"embed": jnp.ones((8, 16)), "hidden": jnp.ones((4, 4))}
+    state = made.init(params)
+    for g in gradients:
+        u, state = made.update(g, state, params)
+    return u, state
+
+
+@pytest.fixture
+def gradients() -> list[Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (8, 16), "hidden": (4, 4)}
+    return [
+        {
+            k: jnp.asarray(rng.exponential(size=s) - 1, jnp.float32)
+            for k, s in shapes.items()
+        }
+        for _ in range(6)
+    ]
+
+
+def test_adamw_and_adam3_are_those_of_their_libraries(gradients: list[Any]) -> None:
+    arms = part("arms")
+    params = {"embed": jnp.ones((8, 16)), "hidden": jnp.ones((4, 4))}
+    rate = arms.schedule(1e-2, 0.1, 20)
+    adam3w = adam3_optax.adam3w(
+        rate, b2=0.99, weight_decay=0.01, third_moment="standardized"
+    )
+    for rule, theirs in (
+        ("adamw", optax.adamw(rate, b2=0.99, weight_decay=0.01)),
+        ("standardized", adam3w),
+    ):
+        x = arms.Setting(setting(rule), jax.random.key(0), 20, 1.0)
+        ours = arms.optimizer(arms.RULES[rule], x)
+        a, b = ours.init(params), theirs.init(params)
+        for g in gradients:
+            u, a = ours.update(g, a, params)
+            w, b = theirs.update(g, b, params)
+            for p, q in zip(jax.tree.leaves(u), jax.tree.leaves(w), strict=True):
+                np.testing.assert_allclose(p, q, rtol=1e-6)
+
+
+def test_the_schedule_warms_up_and_ends_near_0() -> None:
+    rate = part("arms").schedule(2.0, 0.25, 100)
+    values = np.array([float(rate(jnp.int32(t))) for t in range(100)])
+    assert values.argmax() in (24, 25)
+    assert values.max() == pytest.approx(2.0, rel=1e-2)
+    assert values[0] == pytest.approx(2.0 / 25, rel=0.02)
+    assert 0 < values[-1] < 0.01
+    assert (np.diff(values[26:]) < 0).all()
+
+
+@pytest.mark.parametrize("form", ["cubic", "stabilized", "standardized"])
+def test_lam_0_is_adam(form: str, gradients: list[Any]) -> None:
+    ours, _ = direction(form, gradients, lam=0.0)
+    theirs, _ = direction("adamw", gradients)
+    for u, w in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(u, w, rtol=2e-5)  # Optax's rounding of 1 - b2ᵗ
+
+
+@pytest.mark.parametrize("kind", ["digits", "softmax", "characters"])
+def test_identity_holds_along_a_training(kind: str, corpus: Any) -> None:
+    options = {"characters": {"width": 16, "batch": 4, "windows": 4}}
+    task = part("tasks").make(kind, options.get(kind, {}), corpus)
+    found = part("checks").identity(task, 100)
+    assert set(found["forms"]) == {"cubic", "stabilized", "standardized"}
+    for worst in found["forms"].values():
+        assert worst["moments_ulp"] <= 1
+        assert 0 < worst["update_ulp"] <= 4
+
+
+def test_identity_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks, tasks = part("checks"), part("tasks")
+    true: Any = adam3_optax.scale_by_adam3
+    monkeypatch.setattr(
+        checks, "scale_by_adam3", lambda *b, lam, **more: true(*b, lam=1e-4, **more)
+    )
+    with pytest.raises(AssertionError, match="update_ulp"):
+        checks.identity(tasks.digits(width=8), 20)
+
+
+def test_the_random_sign_keeps_all_but_the_sign(gradients: list[Any]) -> None:
+    adam, _ = direction("adamw", gradients)
+    true, state = direction("standardized", gradients, lam=0.1)
+    flipped, other = direction("random_sign", gradients, lam=0.1)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)  # moments are not touched
+    term = np.asarray(true["embed"] - adam["embed"]).ravel()
+    found = np.asarray(flipped["embed"] - adam["embed"]).ravel()
+    np.testing.assert_allclose(np.abs(found), np.abs(term), rtol=1e-2, atol=2e-5)
+    clear = np.abs(term) > 1e-3
+    share = np.mean(np.sign(found[clear]) == np.sign(term[clear]))
+    assert 0.3 < share < 0.7  # of about 100: sd .05
+    again, _ = direction("random_sign", gradients[:-1], lam=0.1)
+    before, _ = direction("standardized", gradients[:-1], lam=0.1)
+    plain, _ = direction("adamw", gradients[:-1])
+    now = np.sign(found) == np.sign(term)
+    then = np.sign(again["embed"] - plain["embed"]) == np.sign(
+        before["embed"] - plain["embed"]
+    )
+    assert (now != np.asarray(then).ravel()).any()  # a fresh sign at each step
+
+
+@pytest.mark.parametrize("rule", ["agreeing", "magnitude"])
+def test_multiplicative_variants_against_numpy(rule: str, gradients: list[Any]) -> None:
+    h = setting(rule, lam=0.3, b3=0.9, tau=0.5)
+    found, _ = direction(rule, gradients, lam=0.3, b3=0.9, tau=0.5)
+    m = v = s = np.zeros((8, 16))
+    for t, gradient in enumerate(gradients, 1):
+        g = np.asarray(gradient["embed"], np.float64)
+        m = 0.9 * m + 0.1 * g
+        v = 0.99 * v + 0.01 * g**2
+        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.99**t)
+        s = 0.9 * s + 0.1 * (g - m_hat) ** 3
+    skew = s / (1 - 0.9**6) / v_hat**1.5
+    if rule == "agreeing":
+        factor = 1 + 0.3 * np.clip(skew * np.sign(m_hat), -0.5, 0.5)
+    else:
+        factor = 1 + 0.3 * np.minimum(np.abs(skew), 0.5)
+    assert h["tau"] == 0.5
+    assert (np.abs(skew) > 0.5).any()
+    assert (np.abs(skew) < 0.5).any()
+    wanted = m_hat * factor / (np.sqrt(v_hat) + 1e-8)
+    np.testing.assert_allclose(found["embed"], wanted, rtol=2e-4, atol=1e-6)
+
+
+def test_other_controls(gradients: list[Any]) -> None:
+    adam, _ = direction("adamw", gradients)
+    true, _ = direction("standardized", gradients, lam=0.1)
+    negative, _ = direction("negative", gradients, lam=0.1)
+    np.testing.assert_allclose(
+        negative["embed"] - adam["embed"], adam["embed"] - true["embed"], atol=5e-5
+    )
+    ends, _ = direction("ends", gradients, lam=0.1)
+    # Partitioned trees are compiled apart: an ulp.
+    np.testing.assert_allclose(ends["embed"], true["embed"], rtol=3e-7)
+    np.testing.assert_allclose(ends["hidden"], adam["hidden"], rtol=3e-7)
+    # Step 6 of 20 has lam·(1 - 5/20).
+    fading, _ = direction("fading", gradients, lam=0.1)
+    np.testing.assert_allclose(
+        fading["embed"] - adam["embed"],
+        0.75 * (true["embed"] - adam["embed"]),
+        atol=5e-5,
+    )
+    # The scale of 4 divides the gradients.
+    smaller = jax.tree.map(lambda g: g / 4, gradients)
+    scaled, _ = direction("cubic_at_scale_1", gradients, lam=10.0, b3=0.9)
+    cubic, _ = direction("cubic", smaller, lam=10.0, b3=0.9)
+    np.testing.assert_array_equal(scaled["embed"], cubic["embed"])
+
+
+# --- The tasks ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return part("tasks").char_lm.load(None)
+
+
+@pytest.mark.parametrize("kind", ["characters", "words", "softmax", "digits"])
+def test_a_task_begins_at_chance_and_is_pure(kind: str, corpus: Any) -> None:
+    task = part("tasks").make(kind, {"batch": 8}, corpus)
+    params, key = task.init(jax.random.key(0)), jax.random.key(1)
+    classes = params["output"].shape[-1]
+    found = task.validate(params)
+    assert float(found["loss"]) == pytest.approx(math.log(classes), rel=0.35)
+    batch, again = task.batch(key), task.batch(key)
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
+    assert all(x.shape[0] == 8 for x in jax.tree.leaves(batch))
+    # The mean over halves is the whole: the two shadow states cost no gradient.
+    a, b = (jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1))
+    halves = (float(task.loss(params, a)) + float(task.loss(params, b))) / 2
+    assert float(task.loss(params, batch)) == pytest.approx(halves, rel=1e-5)
+
+
+def test_options_of_the_classifiers() -> None:
+    tasks = part("tasks")
+    key = jax.random.key(0)
+    _, labels = tasks.digits(batch=4096, long_tail=True).batch(key)
+    shares = np.bincount(labels, minlength=10) / 4096
+    wanted = 1 / np.arange(1, 11)
+    np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.03)
+    _, labels = tasks.softmax(batch=8192, classes=64).batch(key)
+    assert np.bincount(labels)[0] / 8192 == pytest.approx(0.21, abs=0.03)
+    for name in ("digits", "softmax"):
+        clean = tasks.TASKS[name](batch=4096).batch(key)[1]
+        noisy = tasks.TASKS[name](batch=4096, label_noise=0.5).batch(key)[1]
+        # Half are replaced, of which one in ten hits the same digit.
+        assert 0.4 < float((clean != noisy).mean()) < 0.55
+
+
+def test_the_stationary_point() -> None:
+    # Long averages, so that the clip does not bite: skewness 1, of which AdaM3 sees
+    # .73; 512 elements, learning rate to 0. Adam's own shift is subtracted.
+    tasks = part("tasks")
+    task = tasks.quadratic(elements=512, batch=2, shape=2)
+    train = program("standardized", lanes=2, task=task, steps=6000).train
+    h = setting("standardized", b2=0.999, b3=0.999, tau=10.0, weight_decay=0.0)
+    with_term, without = train([({**h, "lam": 0.1}, 0), ({**h, "lam": 0.0}, 0)])
+    shift = with_term["validation_mean"][-1] - without["validation_mean"][-1]
+    wanted = tasks.stationary_point(1.0, 0.1, 10.0, 0.9)
+    assert wanted == pytest.approx(-0.0725, abs=5e-4)
+    assert shift == pytest.approx(wanted, rel=0.05)
+    assert tasks.stationary_point(1.0, 0.1, 0.5, 0.9) == pytest.approx(-0.05, rel=2e-3)
+
+
+def test_blow_up_beyond_the_root_of_b2() -> None:
+    rows = part("checks").blow_up(0.95, [0.9, 0.999], 1000)
+    sizes = {(x["form"], x["b3"]): x["largest"] for x in rows}
+    assert sizes["cubic", 0.999] == pytest.approx(318, abs=1)
+    assert sizes["stabilized", 0.999] == pytest.approx(293, abs=1)
+    assert sizes["standardized", 0.999] == pytest.approx(1, abs=0.01)
+    assert sizes["cubic", 0.9] == pytest.approx(1, abs=0.01)
+
+
+# --- The record ---------------------------------------------------------------------
+
+
+def test_a_torn_line_is_dropped_and_redone(tmp_path: Path) -> None:
+    record = part("record").Record
+    first = record(tmp_path)
+    first.add({"key": "a", "final": 1.0})
+    path = tmp_path / "trials.jsonl"
+    with path.open("ab") as file:
+        file.write(b'{"key": "b", "fin')
+    again = record(tmp_path)
+    assert set(again.rows) == {"a"}
+    assert path.read_bytes().endswith(b'"fin')  # who only reads changes nothing
+    again.add({"key": "c", "final": 2.0})
+    assert [json.loads(x)["key"] for x in path.read_text().splitlines()] == ["a", "c"]
+    path.write_text('no trial\n{"key": "d"}\n')
+    with pytest.raises(ValueError, match="line 1, is no trial"):
+        record(tmp_path)
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    script = str(FOLDER / "compare.py")
+    return [sys.executable, "-W", "error", script, "--out", str(folder), *arguments]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *arguments),
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=500,
+    )
+
+
+def lines(folder: Path) -> list[str]:
+    path = folder / "trials.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_lines(process: Any, folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while len(lines(folder)) < count:
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
+    start = command(tmp_path, "--study", "tiny")
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen(start, env=ENVIRONMENT, **quiet) as killed:  # type: ignore[call-overload]
+        wait_for_lines(killed, tmp_path, 2)
+        killed.kill()
+    before = lines(tmp_path)
+    with (tmp_path / "trials.jsonl").open("a") as file:
+        file.write('{"key": "torn')
+    with subprocess.Popen(start, env=ENVIRONMENT, **quiet) as stopped:  # type: ignore[call-overload]
+        wait_for_lines(stopped, tmp_path, len(before) + 3)
+        stopped.send_signal(signal.SIGINT)
+        out, error = stopped.communicate(timeout=300)
+    assert (stopped.returncode, error) == (130, "")
+    assert out.splitlines()[-1].startswith("Interrupted: ")
+    between = lines(tmp_path)
+    assert between[: len(before)] == before
+
+    done = run(tmp_path, "--study", "tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [json.loads(x) for x in lines(tmp_path)]
+    assert lines(tmp_path)[: len(between)] == between
+    keys = [row["key"] for row in rows]
+    assert len(set(keys)) == len(keys) == 4 + 4 + 4 + 2
+    phases = {row["phase"] for row in rows}
+    assert phases == {"tune", "final", "lr", "lam", "b3", "stationary"}
+    assert {row["seed"] for row in rows if row["phase"] == "final"} == {100, 101}
+    runs = json.loads((tmp_path / "environment.json").read_text())
+    assert len(runs) == 3
+    assert runs[0]["command"].startswith("python benchmarks/compare.py --out")
+    assert {"jax", "optax", "device", "cores", "commit", "corpus"} <= runs[0].keys()
+
+    # The whole again: nothing is run, and the report is the same.
+    text = (tmp_path / "results.md").read_text()
+    assert text in done.stdout
+    stamp = (tmp_path / "trials.jsonl").stat().st_mtime_ns
+    again = run(tmp_path, "--study", "tiny")
+    assert (again.returncode, again.stdout) == (0, text + "\n")
+    assert (tmp_path / "trials.jsonl").stat().st_mtime_ns == stamp
+    report = run(tmp_path, "--report", str(tmp_path))
+    assert (report.returncode, report.stdout) == (0, text + "\n")
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    base, ours = results["arms"]
+    assert (base["verdict"], ours["n"]) == ("baseline", 2)
+    mine = {x["seed"]: x["final"] for x in rows if x["phase"] == "final"
+            and x["arm"] == "standardized"}  # fmt: skip
+    theirs = {x["seed"]: x["final"] for x in rows if x["phase"] == "final"
+              and x["arm"] == "adamw"}  # fmt: skip
+    gap = np.mean([mine[x] - theirs[x] for x in (100, 101)])
+    assert ours["difference"] == pytest.approx(gap)
+    assert "| standardized | 2 |" in text
+    assert "## Stationary point" in text
+
+
+def test_mistakes_in_the_command(tmp_path: Path) -> None:
+    for arguments, complaint in (
+        (("--study", "none"), "--study must be one of main, quick, search, tiny, or"),
+        (("--text", str(tmp_path / "none")), "none: No such file or directory"),
+        (("--report", str(tmp_path)), "study.toml: No such file or directory"),
+    ):
+        done = run(tmp_path / "out", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert complaint in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_identical_arms_are_called_so() -> None:
+    report, plan = part("report"), part("plan")
+    study = plan.load(STUDIES / "tiny.toml")
+    rows: list[dict[str, Any]] = [
+        {"arm": "cubic", "h": {}, "diverged": 0, "ratio": 1e-9, "difference": 0.0,
+         "p": 1.0, "p_equivalence": 0.0},
+        {"arm": "lion", "h": {}, "diverged": 1, "ratio": None},
+        {"arm": "muon", "h": None, "diverged": 0},
+    ]  # fmt: skip
+    report._adjust(rows, study)
+    assert [row["verdict"] for row in rows] == [
+        "equivalent (identical to AdamW)",
+        "1 of its runs diverged",
+        "every setting diverged",
+    ]
