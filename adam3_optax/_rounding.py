@@ -56,9 +56,10 @@ def to_bfloat16(x: jax.Array, bits: RandomBits) -> jax.Array:
     pattern = lax.bitcast_convert_type(x, jnp.uint32)
     size = pattern & 0x7FFFFFFF  # without the sign; in the order of |x|
     carried = pattern + jnp.where(size < _LARGEST, bits(x) >> 16, 0)
-    # The bits that make it a NaN may all be in the lower half.
-    carried |= jnp.where(size > _INFINITY, jnp.uint32(0x400000), 0)
-    return lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
+    rounded = lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
+    # The bits that make it a NaN may all be in the lower half. And this choice comes
+    # last, for a conversion the compiler repeats, with all before it, for every reader.
+    return jnp.where(size > _INFINITY, jnp.bfloat16(jnp.nan), rounded)
 
 
 _LARGEST = np.uint32(0x7F7F0000)  # of bfloat16: nothing is carried past it

@@ -62,25 +62,27 @@ def coefficients(
     return Coefficients(*chosen, a1=a1, a2=a2, a3=a3, c1=c1, c2=c2, c3=c3)
 
 
-def update_moments(
-    g: jax.Array,
-    m: jax.Array,
-    v: jax.Array,
-    s: jax.Array,
-    k: Coefficients,
-    third_moment: ThirdMoment,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns m_t, v_t, s_t from the gradient and the moments of step t - 1."""
-    m = k.a1 * g + k.b1 * m
+def update_m(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns m_t from the gradient and m of step t - 1."""
+    return k.a1 * g + k.b1 * m
+
+
+def update_v(g: jax.Array, v: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns v_t from the gradient and v of step t - 1."""
     # The minimum is that of g² clipped to `limit`. Clipping g itself would make the
     # compiler fuse the sum in another order, and v differ from optax.adam's by an ulp.
     limit = float(jnp.finfo(g.dtype).max) / 4
-    v = jnp.minimum(k.a2 * g**2 + k.b2 * v, k.a2 * limit + k.b2 * v)
+    return jnp.minimum(k.a2 * g**2 + k.b2 * v, k.a2 * limit + k.b2 * v)
+
+
+def update_s(
+    g: jax.Array, m: jax.Array, s: jax.Array, k: Coefficients, third_moment: ThirdMoment
+) -> jax.Array:
+    """Returns s_t from the gradient, m_t, and s of step t - 1."""
     # About the updated m_t, uncorrected; corrected in the standardized form, so that
     # d_1 = 0 and the first steps do not pollute s.
     d = g - (m * k.c1 if third_moment == "standardized" else m)
-    s = k.a3 * _third_power(d, k.eps, third_moment) + k.b3 * s
-    return m, v, s
+    return k.a3 * _third_power(d, k.eps, third_moment) + k.b3 * s
 
 
 def skewness_term(

@@ -10,7 +10,13 @@ import optax
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _rounding, _rule
 from adam3_optax._rule import ThirdMoment
-from adam3_optax._storage import DTypeSetting, Float, computed_in, resting
+from adam3_optax._storage import (
+    DTypeSetting,
+    Float,
+    as_it_rests,
+    computed_in,
+    resting,
+)
 
 
 class ScaleByAdam3State(NamedTuple):
@@ -83,7 +89,8 @@ def scale_by_adam3(
         m_dtype: How m rests between steps: None (float32, or float64 for float64
             parameters), `"float32"`, `"bfloat16"` or `"int8"`, or the dtype of that
             name (which `optax.inject_hyperparams` would take for a schedule; strings
-            pass). Arithmetic stays in float32. See `docs/low_precision.md`.
+            pass). Arithmetic stays in float32, and the update is that of the moments as
+            they rest. See `docs/low_precision.md`.
         v_dtype: How v rests.
         s_dtype: How s rests.
 
@@ -146,13 +153,20 @@ def scale_by_adam3(
     ) -> tuple[Any, ...]:
         loaded = (f.load(rest) for f, rest in zip(formats, rests, strict=True))
         g_t, m_t, v_t, s_t = (x.astype(k.c1.dtype) for x in (g, *loaded))
-        m_t, v_t, s_t = _rule.update_moments(g_t, m_t, v_t, s_t, k, third_moment)
+
+        def keep(moment: int, x: jax.Array) -> tuple[Any, jax.Array]:
+            bits = _rounding.random_bits(count, streams[moment])
+            rest = formats[moment].store(x, rests[moment], bits)
+            return rest, as_it_rests(x, formats[moment].load(rest).astype(x.dtype))
+
+        # From here on each moment is read as it rests. With what was rounded off, the
+        # compiler would compute it anew for each of its readers, from copies of the
+        # old moments.
+        m, m_t = keep(0, _rule.update_m(g_t, m_t, k))
+        v, v_t = keep(1, _rule.update_v(g_t, v_t, k))
+        s, s_t = keep(2, _rule.update_s(g_t, m_t, s_t, k, third_moment))
         u_t = _rule.direction(m_t, v_t, s_t, k, third_moment)
-        new = zip(formats, (m_t, v_t, s_t), rests, streams, strict=True)
-        return u_t.astype(g.dtype), *(
-            f.store(x, rest, _rounding.random_bits(count, stream))
-            for f, x, rest, stream in new
-        )
+        return u_t.astype(g.dtype), m, v, s
 
     def update(
         updates: optax.Updates,
