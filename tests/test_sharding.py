@@ -178,7 +178,15 @@ def test_jit_gives_the_result_of_one_device(setting: Any, way: str, kind: Any) -
             params, state = stepped(params, state, part)
             assert_on((params, state), (where, where_state))
     assert compiles(stepped) == 1
-    assert_same(jax.device_get((params, state)), on_one_device(optimizer))
+    got, want = jax.device_get((params, state)), on_one_device(optimizer)
+    assert_same(got[1], want[1])
+    if kind is AxisType.Explicit and jax.__version_info__ < (0, 12):
+        # There a `reshard` lets the compiler fuse the new parameters in another way,
+        # and contract products and sums: a few ulp of updates of at most 1e-2.
+        for x, y in zip(*map(jax.tree.leaves, (got[0], want[0])), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-7 * STEPS, atol=1e-8 * STEPS)
+    else:
+        assert_same(got[0], want[0])
 
 
 @EACH_OPTIMIZER
