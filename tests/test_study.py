@@ -633,6 +633,9 @@ def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
     report = run(tmp_path, "--report", str(tmp_path))
     assert (report.returncode, report.stdout) == (0, text + "\n")
 
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    wanted = {"finals", "curves", "ratio", "learning_rate", "lam_and_b3"}
+    assert drawn == {*wanted, "stationary", "blow_up"}
     results = json.loads((tmp_path / "results.json").read_text())
     base, ours = results["arms"]
     assert (base["verdict"], ours["n"]) == ("baseline", 2)

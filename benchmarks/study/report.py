@@ -1,4 +1,4 @@
-"""The report of a record: results.json, and results.md for the reader."""
+"""The report of a record: results.json, results.md for the reader, and figures."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from study import plan, tasks
+from study import drawing, plan, tasks
 from study.plan import Study, Trial
 from study.record import Record, Row, read_environment
 from study.statistics import compare, holm, steps_to, verdict
@@ -194,7 +194,7 @@ def _stationary(study: Study, rows: list[Row]) -> list[Row]:
 
 
 def write(study: Study, record: Record, corpus: str, folder: Path) -> str:
-    """Writes results.json and results.md, and returns the latter."""
+    """Writes results.json, results.md and figures, and returns results.md's text."""
     try:
         found = results(study, record, corpus)
     except KeyError:
@@ -207,6 +207,7 @@ def write(study: Study, record: Record, corpus: str, folder: Path) -> str:
         json.dumps(found, indent=1) + "\n", encoding="utf-8"
     )
     (folder / "results.md").write_text(text, encoding="utf-8")
+    drawing.draw(found, record, folder)
     return text
 
 
