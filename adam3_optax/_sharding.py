@@ -82,7 +82,7 @@ def state_shardings(
             transform_non_params=lambda _: replicated,
             is_leaf=_is_masked,
         )
-    except Exception as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             "optimizer must keep its state in trees like the parameters (optax.flatten "
             f"does not); optax.tree.map_params fails on it: {error}"

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from adam3_optax import adam3w, state_shardings
 
-# The one line that changes on a real pod: leave it out on one host, and put
-# jax.distributed.initialize() in its place on several.
+# The one line that changes on real devices: leave it out. That is for one host; for
+# several see multi_process.py.
 jax.config.update("jax_num_cpu_devices", 8)
 
 STEPS = 20

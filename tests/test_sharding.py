@@ -180,11 +180,15 @@ def test_jit_gives_the_result_of_one_device(setting: Any, way: str, kind: Any) -
     assert compiles(stepped) == 1
     got, want = jax.device_get((params, state)), on_one_device(optimizer)
     assert_same(got[1], want[1])
-    if kind is AxisType.Explicit and jax.__version_info__ < (0, 12):
-        # There a `reshard` lets the compiler fuse the new parameters in another way,
-        # and contract products and sums: a few ulp of updates of at most 1e-2.
+    narrow = any(x.dtype.itemsize == 2 for x in jax.tree.leaves(want[1]))
+    if narrow and kind is AxisType.Explicit and jax.__version_info__ < (0, 12):
+        # There the bfloat16 is rounded in each loop that reads it, and a `reshard` lets
+        # the compiler contract a product and a sum in one of these in another way: an
+        # ulp of p and of its update (at most 1.1e-2) in each step.
+        ulp = 2.0**-23
         for x, y in zip(*map(jax.tree.leaves, (got[0], want[0])), strict=True):
-            np.testing.assert_allclose(x, y, rtol=2e-7 * STEPS, atol=1e-8 * STEPS)
+            size = np.abs(x) + STEPS * 1.1e-2  # at most so large on the way
+            assert np.all(np.abs(x - y) <= STEPS * ulp * size)
     else:
         assert_same(got[0], want[0])
 
