@@ -1,10 +1,10 @@
-"""The tables of accuracy and speed in docs/low_precision.md, from a record.
+"""The table of accuracy in docs/low_precision.md, from a record.
 
 Each setting is compared with float32 in the same form, seed by seed: the same
 initialisation and the same batches. "Equivalent" means that two one-sided t-tests put
 the mean difference within the margin, with Holm's correction over all rows.
 
-    python benchmarks/low_precision_table.py benchmarks/records/2026-11-22_low_precision
+    python benchmarks/low_precision_table.py benchmarks/records/2026-11-23_low_precision
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from study.statistics import equivalence, holm
 
 MARGIN = 0.005  # nats a character
 BASELINE = "float32"
@@ -35,22 +36,6 @@ def differences(runs: dict[int, Any], baseline: dict[int, Any]) -> np.ndarray:
     return np.array([runs[s]["validation"] - baseline[s]["validation"] for s in seeds])
 
 
-def equivalence(d: np.ndarray) -> float:
-    """Returns the p-value of two one-sided t-tests: that |mean| is not below MARGIN."""
-    above = stats.ttest_1samp(d, -MARGIN, alternative="greater").pvalue
-    below = stats.ttest_1samp(d, MARGIN, alternative="less").pvalue
-    return float(max(above, below))
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Returns Holm's corrected p-values."""
-    order = np.argsort(p)
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(steps, 1.0)
-    return corrected
-
-
 def table(folder: Path) -> str:
     """Returns the table in Markdown."""
     arms = by_arm(folder / "runs.jsonl")
@@ -59,7 +44,7 @@ def table(folder: Path) -> str:
         form, setting = arm.split(", ", 1)
         if setting != BASELINE:
             compared.append((arm, differences(runs, arms[f"{form}, {BASELINE}"])))
-    corrected = holm(np.array([equivalence(d) for _, d in compared]))
+    corrected = holm([equivalence(d, MARGIN) for _, d in compared])
     verdicts = {arm: (d, p) for (arm, d), p in zip(compared, corrected, strict=True)}
     lines = [
         "| form, state | B a parameter | n | validation loss | minus float32 (95%) "
@@ -84,28 +69,11 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def speed_table(folder: Path) -> str:
-    """Returns the table of step times against Adam's in Markdown."""
-    lines = (folder / "speed" / "results.jsonl").read_text().splitlines()
-    found = {row.get("arm"): row for row in map(json.loads, lines)}
-    table = [
-        "| form, state | time of a step, against `optax.adam` (quartiles) |",
-        "|---|---|",
-    ]
-    for arm, row in found.items():
-        if arm and arm.startswith(("adam3", "optax.adamw")):
-            low, middle, high = row["ratio"]
-            name = arm.removeprefix("adam3 ")
-            table.append(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
-    return "\n".join(table)
-
-
 def main() -> None:
-    """Prints the tables of a record."""
+    """Prints the table of a record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where runs.jsonl is")
-    folder = parser.parse_args().folder
-    print(table(folder), speed_table(folder), sep="\n\n")
+    print(table(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

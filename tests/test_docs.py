@@ -100,17 +100,22 @@ def test_factories_document_every_argument_and_run_an_example() -> None:
             assert re.search(rf"^    {argument}: ", doc, re.M), argument
 
 
-def test_the_tables_of_low_precision_are_those_of_the_record() -> None:
-    record = "benchmarks/records/2026-11-22_low_precision"
+@pytest.mark.parametrize(
+    ("page", "script", "record", "rows"),
+    [
+        ("low_precision.md", "low_precision_table.py", "2026-11-23_low_precision", 14),
+        ("speed.md", "speed_table.py", "2026-11-23_speed", 15),
+    ],
+)
+def test_tables_are_those_of_the_record(
+    page: str, script: str, record: str, rows: int
+) -> None:
     printed = subprocess.run(
-        [sys.executable, "benchmarks/low_precision_table.py", record],
+        [sys.executable, f"benchmarks/{script}", f"benchmarks/records/{record}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
-    ).stdout
-    page = (ROOT / "docs" / "low_precision.md").read_text()
-    accuracy, speed = printed.strip().split("\n\n")
-    assert (accuracy.count("\n"), speed.count("\n")) == (15, 14)
-    assert accuracy in page
-    assert speed in page
+    ).stdout.strip()
+    assert printed.count("\n") == rows + 1
+    assert printed in (ROOT / "docs" / page).read_text()

@@ -1,0 +1,49 @@
+"""The table of docs/speed.md, from a record of step_time.py.
+
+python benchmarks/speed_table.py benchmarks/records/2026-11-23_speed
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import common
+
+ARMS = (
+    "optax.adamw",
+    "optax.contrib.ademamix",
+    *(
+        f"adam3 {form}, {state}"
+        for form in ("cubic", "stabilized", "standardized")
+        for state in ("float32", "bfloat16 m, s", "bfloat16", "int8")
+    ),
+    "optax.flatten(adam3 cubic, float32)",
+)
+
+
+def table(folder: Path) -> str:
+    """Returns the median ratios to Adam with float32 parameters, in Markdown."""
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    found, labels = {}, {}
+    for row in map(json.loads, lines):
+        if row["measure"] == "step" and row["dtype"] == "float32":
+            found[row["tree"], row["arm"]] = row["ratio"][1]
+            sizes = row["leaves"], row["parameters"]
+            labels[row["tree"]] = common.label(row["tree"], *sizes)
+    head = ["ratio to `optax.adam`, float32 parameters", *labels.values()]
+    rows = [head, ["---"] * len(head)]
+    for arm in ARMS:
+        ratios = [found.get((tree, arm)) for tree in labels]
+        rows.append([arm, *("" if x is None else f"{x:.2f}" for x in ratios)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    """Prints the table of a record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where results.jsonl is")
+    print(table(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()
