@@ -18,16 +18,23 @@ from study.statistics import equivalence, holm
 
 MARGIN = 0.005  # nats a character
 BASELINE = "float32"
+STATES = (BASELINE, "bfloat16 m, s", "bfloat16", "int8", "mu bfloat16")
 PEAK_RATE = 4e-3  # of the schedule; the update is that of the chain, decay included
 
 
 def by_arm(record: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Returns the runs, by arm and seed."""
+    """Returns the runs, by arm and seed; arms by form, then by state."""
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for line in record.read_text().splitlines():
         run = json.loads(line)
         arms.setdefault(run["arm"], {})[run["seed"]] = run
-    return arms
+    forms = list(dict.fromkeys(arm.split(", ", 1)[0] for arm in arms))
+
+    def place(arm: str) -> tuple[int, int]:
+        form, state = arm.split(", ", 1)
+        return forms.index(form), STATES.index(state)
+
+    return {arm: arms[arm] for arm in sorted(arms, key=place)}
 
 
 def differences(runs: dict[int, Any], baseline: dict[int, Any]) -> np.ndarray:
