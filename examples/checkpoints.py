@@ -8,8 +8,10 @@ of the run, the shape and dtype of every array, and size and SHA-256 of every fi
     folder/step_00000300/arrays/...       written by Orbax
     folder/step_00000300/manifest.json    written last: with it the checkpoint exists
 
-A run killed before that leaves a folder without a manifest. It counts as nothing, and
-the next `save` removes it. `restore` verifies everything before it reads an array.
+A run killed before that leaves a folder with manifest.json.unfinished. It counts as
+nothing, and the next `save` removes it. A folder with neither is not ours, or has lost
+its manifest: it is an error, and stays. `restore` verifies everything before it reads
+an array.
 
     tree = {"params": params, "state": state}
     save(folder, step, tree, description)
@@ -17,15 +19,17 @@ the next `save` removes it. `restore` verifies everything before it reads an arr
         tree = restore(folder, step, tree, description)
 
 With several processes each one calls these functions, with the same arguments, on one
-shared file system. The folder is for these checkpoints alone.
+shared file system. The folder is for the checkpoints of one run at a time (`locked`).
 """
 
 import contextlib
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 FORMAT = 1  # of the manifest
 ARRAYS, MANIFEST, UNFINISHED = "arrays", "manifest.json", "manifest.json.unfinished"
@@ -61,12 +70,18 @@ def save(
         keep: How many checkpoints stay, this one included.
 
     Raises:
-        CheckpointError: The folder holds a checkpoint of this step or a later one.
-        ValueError: A negative step; a keep below 1; a leaf that is no array.
+        CheckpointError: The folder holds a checkpoint of this step or a later one, or
+            of another run, or a folder that is no checkpoint; not all processes see it.
+        TypeError: A step that is no whole number.
+        ValueError: A negative step; a keep below 1; a leaf that is no array; a
+            description that JSON cannot hold.
     """
+    if isinstance(step, bool):
+        raise TypeError(f"step must be a whole number, got {step}")
+    step = operator.index(step)
     if step < 0 or keep < 1:
         raise ValueError(f"step must be >= 0 and keep >= 1, got {step} and {keep}")
-    arrays = _arrays(tree)
+    arrays, description = _arrays(tree), _as_json(description)
     folder = Path(folder).absolute()
     complete = _complete(folder)
     if complete and step <= complete[-1]:
@@ -74,12 +89,19 @@ def save(
             f"{folder} holds a checkpoint of step {complete[-1]}, so step {step} is "
             "refused there: restore that one, or use another folder"
         )
+    if complete:  # or another run's checkpoints would be removed as old ones
+        _check(_path(folder, complete[-1]), description, arrays)
     checkpoint = _path(folder, step)
     _barrier("checkpoint begins")  # all have looked into the folder, as it was
     if jax.process_index() == 0:
         _remove_unfinished(folder)
         checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / UNFINISHED).touch()
+        _sync(checkpoint)
     _barrier("checkpoint has a folder")
+    seen = multihost_utils.process_allgather(np.asarray(checkpoint.is_dir()))
+    if not seen.all():
+        raise CheckpointError(f"{folder} is not shared by all processes")
     with ocp.StandardCheckpointer() as orbax:
         orbax.save(checkpoint / ARRAYS, tree)
         orbax.wait_until_finished()
@@ -99,9 +121,33 @@ def save(
 
 
 def latest(folder: Path | str) -> int | None:
-    """Returns the step of the last complete checkpoint, None where there is none."""
+    """Returns the step of the last complete checkpoint, None where there is none.
+
+    All processes get what the first one sees.
+
+    Raises:
+        CheckpointError: There is a folder that is no checkpoint.
+    """
     complete = _complete(Path(folder))
-    return complete[-1] if complete else None
+    last = np.asarray(complete[-1] if complete else -1, np.int32)
+    last = int(multihost_utils.broadcast_one_to_all(last))
+    return None if last < 0 else last
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str) -> Iterator[None]:
+    """Keeps other runs out of a folder, on Linux and macOS; ends with the process.
+
+    Raises:
+        CheckpointError: Another run is using the folder.
+    """
+    with (Path(folder) / ".lock").open("ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"another run is using {folder}") from None
+        yield
 
 
 def restore(
@@ -128,9 +174,7 @@ def restore(
     """
     wanted = _arrays(template)
     checkpoint = _path(Path(folder).absolute(), step)
-    manifest = _manifest(checkpoint)
-    _compare(checkpoint, "description", manifest["description"], _as_json(description))
-    _compare(checkpoint, "arrays", manifest["arrays"], wanted)
+    manifest = _check(checkpoint, _as_json(description), wanted)
     _verify(checkpoint, manifest["files"])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
@@ -154,17 +198,47 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _complete(folder: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints, in order."""
-    return [i for i in _steps(folder) if (_path(folder, i) / MANIFEST).is_file()]
+    """Returns the steps of the complete checkpoints, in order.
+
+    Raises:
+        CheckpointError: There is a folder that is neither complete nor unfinished.
+    """
+    complete = []
+    for step in _steps(folder):
+        path = _path(folder, step)
+        if (path / MANIFEST).is_file():
+            complete.append(step)
+        elif not (path / UNFINISHED).is_file() and any(path.iterdir()):
+            raise CheckpointError(
+                f"{path} has no {MANIFEST}, so it is no checkpoint of ours, or a "
+                "damaged one: move it away"
+            )
+    return complete
 
 
 def _commit(checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, which is there as a whole or not at all."""
+    for path in sorted((checkpoint / ARRAYS).rglob("*/"), reverse=True):
+        _sync(path)  # deepest first
+    _sync(checkpoint / ARRAYS)
     with (checkpoint / UNFINISHED).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
     os.replace(checkpoint / UNFINISHED, checkpoint / MANIFEST)
+    _sync(checkpoint)
+
+
+def _sync(folder: Path) -> None:
+    """Returns once the names in a folder, and its own, are on the disk."""
+    if os.name != "posix":
+        return  # there a folder cannot be opened
+    for path in (folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -173,13 +247,15 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes what `save` writes: the manifest first, so that no half one counts."""
-    for name in (MANIFEST, UNFINISHED):
-        (checkpoint / name).unlink(missing_ok=True)
-    for arrays in checkpoint.glob(f"{ARRAYS}*"):  # Orbax's unfinished ones, too
+    """Removes what `save` writes; from the first moment on it counts as unfinished."""
+    if (checkpoint / MANIFEST).exists():
+        os.replace(checkpoint / MANIFEST, checkpoint / UNFINISHED)
+        _sync(checkpoint)
+    for arrays in checkpoint.glob(f"{ARRAYS}*/"):  # Orbax's unfinished ones, too
         shutil.rmtree(arrays)
-    with contextlib.suppress(OSError):  # what else is in there is not ours
-        checkpoint.rmdir()
+    if {path.name for path in checkpoint.iterdir()} <= {UNFINISHED}:
+        (checkpoint / UNFINISHED).unlink(missing_ok=True)
+        checkpoint.rmdir()  # unless there is more in it, which is not ours
 
 
 def _barrier(name: str) -> None:
@@ -204,7 +280,10 @@ def _arrays(tree: Any) -> dict[str, str]:
 
 def _as_json(description: dict[str, Any]) -> dict[str, Any]:
     """Returns a description as it comes back from a file: tuples are lists, say."""
-    return json.loads(json.dumps(description))
+    try:
+        return json.loads(json.dumps(description))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"description must be what JSON can hold: {error}") from error
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -236,12 +315,22 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         digest, form = manifest.pop("sha256"), manifest["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(checkpoint, MANIFEST, f"is damaged: {error}") from error
     if form != FORMAT:
         raise CheckpointError(f"{path} has format {form!r}, wanted {FORMAT}")
     if digest != _digest(manifest):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 differs")
+        raise _damaged(checkpoint, MANIFEST, "is damaged: its SHA-256 differs")
+    return manifest
+
+
+def _check(
+    checkpoint: Path, description: dict[str, Any], arrays: dict[str, str]
+) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint, which must be the one that is wanted."""
+    manifest = _manifest(checkpoint)
+    _compare(checkpoint, "description", manifest["description"], description)
+    _compare(checkpoint, "arrays", manifest["arrays"], arrays)
     return manifest
 
 
@@ -250,12 +339,25 @@ def _compare(
 ) -> None:
     """Raises where saved and wanted differ, and names the first difference."""
     for key in sorted(saved.keys() | wanted.keys()):
-        ours, theirs = (x.get(key, "nothing") for x in (wanted, saved))
+        # As text, for a NaN is not equal to itself.
+        ours, theirs = (json.dumps(x[key]) if key in x else "" for x in (wanted, saved))
         if ours != theirs:
+            ours, theirs = (x.get(key, "nothing") for x in (wanted, saved))
             raise CheckpointError(
                 f"{checkpoint} is another checkpoint than is wanted: in its {what}, "
                 f"{key} is {theirs}, wanted {ours}"
             )
+
+
+def _damaged(checkpoint: Path, name: str, damage: str) -> CheckpointError:
+    """Returns an error that says what is damaged, and how to go on without it."""
+    steps = _complete(checkpoint.parent)
+    earlier = [i for i in steps if i < int(checkpoint.name.removeprefix("step_"))]
+    on = f"step {earlier[-1]}" if earlier else "the beginning"
+    return CheckpointError(
+        f"{checkpoint / name} {damage}; with {checkpoint.name} moved away, a run goes "
+        f"on from {on}"
+    )
 
 
 def _verify(checkpoint: Path, files: dict[str, Any]) -> None:
@@ -266,8 +368,8 @@ def _verify(checkpoint: Path, files: dict[str, Any]) -> None:
     found = multihost_utils.process_allgather(np.asarray(next(damaged, -1), np.int32))
     if found.max() >= 0:
         name = names[int(found.max())]
-        damage = _damage(checkpoint, name, files[name])
-        raise CheckpointError(f"{checkpoint / name} {damage}")
+        damage = _damage(checkpoint, name, files[name]) or "was damaged a moment ago"
+        raise _damaged(checkpoint, name, damage)
 
 
 def _damage(checkpoint: Path, name: str, saved: dict[str, Any]) -> str:
@@ -275,8 +377,11 @@ def _damage(checkpoint: Path, name: str, saved: dict[str, Any]) -> str:
     path = checkpoint / name
     if not path.is_file():
         return "is missing"
-    if path.stat().st_size != saved["bytes"]:
-        return f"has {path.stat().st_size} bytes, but {saved['bytes']} were saved"
-    with path.open("rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == saved["sha256"]
+    try:
+        if path.stat().st_size != saved["bytes"]:
+            return f"has {path.stat().st_size} bytes, but {saved['bytes']} were saved"
+        with path.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == saved["sha256"]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     return "" if same else "is damaged: its SHA-256 differs"

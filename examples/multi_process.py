@@ -22,6 +22,7 @@ The folder of the checkpoints must be one that all machines share.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -52,6 +53,8 @@ from rich.progress import Progress
 from adam3_optax import adam3w, state_shardings
 
 HEARTBEAT = 10  # seconds of silence after which JAX takes a process for dead
+JOIN = 60  # seconds within which all must have started
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
 HYPERPARAMETERS = {
     "b1": char_lm.B1,
     "b2": char_lm.B2,
@@ -61,7 +64,12 @@ HYPERPARAMETERS = {
     "weight_decay": 1e-4,
 }
 GO_ON = "the same command goes on from the last checkpoint"
+START_AGAIN = "there is no checkpoint yet, so the same command starts again"
 LOOPBACK = "127.0.0.1"
+
+
+class MistakeError(ValueError):
+    """What is wrong with the command, found after the processes have joined."""
 
 
 # --- One process among several ------------------------------------------------------
@@ -69,7 +77,7 @@ LOOPBACK = "127.0.0.1"
 
 def join(options: argparse.Namespace) -> None:
     """Makes this process one of the run's: after that, JAX knows all devices."""
-    within = {"heartbeat_timeout_seconds": HEARTBEAT}
+    within = {"heartbeat_timeout_seconds": HEARTBEAT, "initialization_timeout": JOIN}
     if options.pod:
         jax.distributed.initialize(**within)
         return
@@ -152,20 +160,24 @@ def batch_at(
     )
 
 
-def set_up(options: argparse.Namespace, corpus: char_lm.Corpus, mesh: Any) -> Any:
-    """Returns the model's graph, the optimizer, init, and the shardings it shall have.
-
-    `init` returns the tree of all that is trained and saved.
-    """
-    rate = optax.warmup_cosine_decay_schedule(
+def schedule(options: argparse.Namespace) -> optax.Schedule:
+    """Returns the learning rate: a warm-up, and a cosine to a tenth."""
+    return optax.warmup_cosine_decay_schedule(
         0.0,
         options.lr,
         min(100, options.steps // 10),
         options.steps,
         end_value=options.lr / 10,
     )
+
+
+def set_up(options: argparse.Namespace, corpus: char_lm.Corpus, mesh: Any) -> Any:
+    """Returns the model's graph, the optimizer, init, and the shardings it shall have.
+
+    `init` returns the tree of all that is trained and saved.
+    """
     optimizer = adam3w(
-        rate,
+        schedule(options),
         third_moment=options.form,
         **HYPERPARAMETERS,
         **char_lm.STATES[options.state],
@@ -206,8 +218,23 @@ def describe(options: argparse.Namespace, corpus: char_lm.Corpus) -> dict[str, A
 
 
 def work(options: argparse.Namespace, corpus: char_lm.Corpus) -> None:
-    """Trains, as one of the processes; the first one also reports."""
+    """Joins the others and trains; the first process keeps other runs away."""
     join(options)
+    if options.batch % jax.device_count():
+        raise MistakeError(cannot_split(options, jax.device_count()))
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(checkpoints.locked(options.checkpoints))
+        train(options, corpus)
+
+
+def cannot_split(options: argparse.Namespace, devices: int) -> str:
+    """Returns what is wrong with the size of the batch."""
+    return f"--batch {options.batch} cannot be split over {devices} devices"
+
+
+def train(options: argparse.Namespace, corpus: char_lm.Corpus) -> None:
+    """Trains, as one of the processes; the first one also reports."""
     devices, first = jax.device_count(), jax.process_index() == 0
     mesh = jax.make_mesh((devices,), ("devices",), axis_types=(AxisType.Auto,))
     graph, optimizer, init, where = set_up(options, corpus, mesh)
@@ -272,14 +299,16 @@ def launch(options: argparse.Namespace, argv: list[str]) -> int:
             in_order = (ended.get() for _ in workers)
             failed = next((i for i in in_order if workers[i].returncode), None)
         except KeyboardInterrupt:
-            return stopped(130, f"interrupted; {GO_ON}")
+            return stopped(130, f"interrupted; {what_next(options)}")
         finally:
             for worker in workers:
                 worker.kill()
             for worker in workers:
                 worker.wait()
         if failed is not None:
-            return explain(failed, workers[failed].returncode, logs[failed])
+            return explain(
+                failed, workers[failed].returncode, logs[failed], what_next(options)
+            )
         for log in logs:
             show(log)
     return 0
@@ -313,6 +342,8 @@ def watch(worker: subprocess.Popen[bytes], i: int, ended: Any) -> None:
 
 def end_with_the_launcher() -> None:
     """Ends this worker as soon as the other end of its standard input is closed."""
+    if sys.platform == "linux":  # there also a worker that is stopped, or hangs
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def wait() -> None:
         os.read(0, 1)  # nothing is ever written
@@ -321,13 +352,19 @@ def end_with_the_launcher() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def explain(i: int, status: int, log: Any) -> int:
+def what_next(options: argparse.Namespace) -> str:
+    """Returns what the same command would do now."""
+    saved = any(options.checkpoints.glob(f"step_*/{checkpoints.MANIFEST}"))
+    return GO_ON if saved else START_AGAIN
+
+
+def explain(i: int, status: int, log: Any, after: str) -> int:
     """Says how a worker died, and returns the exit status."""
     show(log)
     if status == 2:  # it has said what was wrong with the input
         return 2
     died = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return stopped(1, f"worker {i} ended ({died}), and the others were ended; {GO_ON}")
+    return stopped(1, f"worker {i} ended ({died}), and the others were ended; {after}")
 
 
 def stopped(status: int, message: str) -> int:
@@ -393,7 +430,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, char_lm.Corpus]:
     if options.process_id is not None and options.process_id >= options.processes:
         parser.error("--process-id must be below --processes")
     if options.local and options.batch % devices:
-        parser.error(f"--batch {options.batch} cannot be split over {devices} devices")
+        parser.error(cannot_split(options, devices))
     try:
         corpus = char_lm.load(options.text)
         options.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -415,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         work(options, corpus)
     except Exception as error:
-        known = isinstance(error, checkpoints.CheckpointError)
+        known = isinstance(error, checkpoints.CheckpointError | MistakeError)
         say(str(error)) if known else traceback.print_exc()
         # At an orderly exit JAX would wait for the others, and they may for this one.
         os._exit(2 if known else 1)

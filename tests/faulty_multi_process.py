@@ -4,6 +4,7 @@ FAULTS is a JSON list of [process, event, step, action]. Events: "begun", before
 "arrays", when a checkpoint has its arrays and no manifest; "committed", when it has.
 Actions: "die" and "freeze" (the process itself), "kill launcher", "interrupt launcher",
 "raise", and "listen", which writes to FOUND/process.json who listens where, and when.
+Each worker begins by writing its number among processes to FOUND/process.pid.
 """
 
 import json
@@ -90,5 +91,7 @@ if __name__ == "__main__":
         # A loopback address to which no machine's name points.
         multi_process.LOOPBACK = "127.0.0.2"
     if "--process-id" in sys.argv:
-        inject(int(sys.argv[sys.argv.index("--process-id") + 1]))
+        number = int(sys.argv[sys.argv.index("--process-id") + 1])
+        Path(os.environ["FOUND"], f"{number}.pid").write_text(str(os.getpid()))
+        inject(number)
     sys.exit(multi_process.main())

@@ -148,7 +148,7 @@ def lose_name_of_manifest(checkpoint: Path) -> None:
 
 
 def leave_orbax_in_the_middle(checkpoint: Path) -> None:
-    lose_manifest(checkpoint)
+    lose_name_of_manifest(checkpoint)
     (checkpoint / "arrays").rename(checkpoint / "arrays.orbax-checkpoint-tmp")
 
 
@@ -158,7 +158,6 @@ def leave_an_empty_folder(checkpoint: Path) -> None:
 
 
 UNFINISHED = (
-    lose_manifest,
     lose_name_of_manifest,
     leave_orbax_in_the_middle,
     leave_an_empty_folder,
@@ -185,6 +184,49 @@ def test_unfinished_is_no_obstacle(
     assert names == {"step_00000001", f"step_{following:08}"}
 
 
+def foreign(folder: Path) -> None:
+    with checkpoints.ocp.StandardCheckpointer() as orbax:
+        orbax.save(folder.absolute() / "step_00000500" / "arrays", {"x": jnp.ones(3)})
+
+
+def lost(folder: Path) -> None:
+    lose_manifest(folder / "step_00000002")
+
+
+@pytest.mark.parametrize("harm", [foreign, lost])
+def test_what_is_neither_complete_nor_unfinished_stays(
+    harm: Callable[[Path], None], tmp_path: Path, small: Any
+) -> None:
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, small, DESCRIPTION)
+    harm(tmp_path)
+    message = r"step_00000(500|002) has no manifest.json, .*: move it away$"
+    with refused(tmp_path, message):
+        checkpoints.latest(tmp_path)
+    with refused(tmp_path, message):
+        checkpoints.save(tmp_path, 3, small, DESCRIPTION)
+
+
+def test_another_run_of_which_nothing_is_removed(tmp_path: Path, small: Any) -> None:
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, small, DESCRIPTION)
+    with refused(tmp_path, r"in its description, seed is nothing, wanted 1"):
+        checkpoints.save(tmp_path, 3, small, {**DESCRIPTION, "seed": 1}, keep=1)
+    with refused(tmp_path, r"in its arrays, .* is nothing"):
+        checkpoints.save(tmp_path, 3, {**small, "x": jnp.ones(3)}, DESCRIPTION, keep=1)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        checkpoints.locked(tmp_path),
+        pytest.raises(checkpoints.CheckpointError, match="another run is using"),
+        checkpoints.locked(tmp_path),
+    ):
+        pass
+    with checkpoints.locked(tmp_path):
+        pass
+
+
 def test_latest_of_nothing(tmp_path: Path) -> None:
     assert checkpoints.latest(tmp_path / "missing") is None
     assert checkpoints.latest(tmp_path) is None
@@ -196,13 +238,14 @@ def test_the_last_few_stay_and_so_does_what_is_not_ours(
     tmp_path: Path, small: Any
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "step_00000001").mkdir()
-    (tmp_path / "step_00000001" / "mine.txt").write_text("mine, too")
     for step in (5, 10, 100_000_000):
         checkpoints.save(tmp_path, step, small, DESCRIPTION, keep=2)
+        if step == 5:
+            (tmp_path / "step_00000005" / "mine.txt").write_text("mine, too")
     names = sorted(x.name for x in tmp_path.iterdir())
-    assert names == ["notes.txt", "step_00000001", "step_00000010", "step_100000000"]
-    assert (tmp_path / "step_00000001" / "mine.txt").exists()
+    assert names == ["notes.txt", "step_00000005", "step_00000010", "step_100000000"]
+    left = sorted(x.name for x in (tmp_path / "step_00000005").iterdir())
+    assert left == ["manifest.json.unfinished", "mine.txt"]
     assert checkpoints.latest(tmp_path) == 100_000_000
 
 
@@ -218,6 +261,11 @@ def test_wrong_arguments(tmp_path: Path, small: Any) -> None:
         checkpoints.save(tmp_path, -1, small, DESCRIPTION)
     with pytest.raises(ValueError, match=r"keep >= 1, got 1 and 0"):
         checkpoints.save(tmp_path, 1, small, DESCRIPTION, keep=0)
+    for step in (True, 3.0, "3"):
+        with pytest.raises(TypeError):
+            checkpoints.save(tmp_path, step, small, DESCRIPTION)
+    with pytest.raises(ValueError, match="description must be what JSON can hold"):
+        checkpoints.save(tmp_path, 1, small, {"dtype": jnp.float32})
     with pytest.raises(ValueError, match=r"\['a'\]\[0\] must be a jax.Array"):
         checkpoints.save(tmp_path, 1, {"a": [np.ones(3)]}, DESCRIPTION)
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
@@ -370,9 +418,13 @@ def test_foreign_description(
         checkpoints.restore(tmp_path, 1, small, DESCRIPTION)
 
 
-def test_tuples_in_descriptions(tmp_path: Path, small: Any) -> None:
-    description = {"decays": (0.9, 0.999)}
-    checkpoints.save(tmp_path, 1, small, description)
+def test_what_json_changes_in_descriptions(tmp_path: Path, small: Any) -> None:
+    description = {"decays": (0.9, 0.999), "tau": float("nan"), "x": "nothing"}
+    checkpoints.save(tmp_path, np.int64(1), small, description)
+    del description["x"]
+    with refused(tmp_path, "in its description, x is nothing"):
+        checkpoints.restore(tmp_path, 1, small, description)
+    description["x"] = "nothing"
     check_equal(checkpoints.restore(tmp_path, 1, small, description), small)
 
 

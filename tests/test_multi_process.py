@@ -50,7 +50,7 @@ class Ended(NamedTuple):
 
 def launch(folder: Path, *options: str, faults: Any = (), **variables: str) -> Ended:
     """Starts the processes, waits for their end, and checks that none is left."""
-    for old in folder.glob("*.json"):
+    for old in (*folder.glob("*.json"), *folder.glob("*.pid")):
         old.unlink()
     ours = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
     with subprocess.Popen(
@@ -69,10 +69,13 @@ def launch(folder: Path, *options: str, faults: Any = (), **variables: str) -> E
         except BaseException:
             process.kill()  # its workers end with it
             raise
+    ended = time.time()
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    workers = [int(path.read_text()) for path in folder.glob("*.pid")]
+    assert workers
     # Those of a launcher that was killed may need a moment more.
-    while any(alive(x["pid"]) for x in found):
-        assert time.time() < found[0]["time"] + SHARED * LIMIT
+    while any(map(alive, workers)):
+        assert time.time() < ended + SHARED * LIMIT
         time.sleep(0.05)
     seconds = time.time() - max((x["time"] for x in found), default=math.nan)
     hosts = [x["hosts"] for x in found]
@@ -182,6 +185,25 @@ def magnitudes_of(graph: Any) -> Any:
     return magnitudes
 
 
+def stepped(p: Any, m: Any, v: Any, s: Any, count: int) -> tuple[Any, Any]:
+    """Returns the parameters of the next step, and how far rounding may take them.
+
+    In the cubic form, from moments in double precision.
+    """
+    m, v, s = (np.asarray(x, np.float64) for x in (m, v, s))
+    options, _ = multi_process.parse([*OPTIONS, "--checkpoints", "out"])
+    rate = float(multi_process.schedule(options)(count))
+    decay = multi_process.HYPERPARAMETERS["weight_decay"]
+    m_hat = m / (1 - char_lm.B1 ** (count + 1))
+    v_hat = v / (1 - char_lm.B2 ** (count + 1))
+    b = char_lm.LAM * np.clip(s, -char_lm.TAU, char_lm.TAU)
+    root = np.sqrt(v_hat) + 1e-8
+    # Some ten roundings, of the terms and not of their sum, which may cancel.
+    terms = (np.abs(m_hat) + np.abs(b)) / root + decay * np.abs(p)
+    new = p - rate * ((m_hat + b) / root + decay * p)
+    return new, 16 * U * (np.abs(p) + rate * terms) + TINY
+
+
 def test_two_processes_of_four_are_one_of_eight(whole: Path, single: Single) -> None:
     # Every device does the same with the same part of the batch, in one process or in
     # two. What differs is the order in which eight terms are summed to a gradient g.
@@ -191,7 +213,9 @@ def test_two_processes_of_four_are_one_of_eight(whole: Path, single: Single) -> 
     # checkpoint, the moments after one step are then apart by at most
     #   m: (1-b1)·δ     v: (1-b2)·(2|g| + δ)·δ     s: (1-b3)·3·(|d| + δ)²·δ
     # with d = g - m', which moves by at most δ, and by their own rounding: 8 errors of
-    # u, of all terms. Where the moments agree to the bit, so must the parameters.
+    # u, of all terms. The new parameters follow from the moments: each run's are within
+    # rounding of p - rate·(û + wd·p), with û of its own moments in double precision.
+    # And where the moments agree to the bit, so must the parameters, most of which do.
     # Each step starts from the same bits, so that nothing is amplified.
     magnitudes = magnitudes_of(single.graph)
     equal = total = 0
@@ -205,6 +229,7 @@ def test_two_processes_of_four_are_one_of_eight(whole: Path, single: Single) -> 
         parts = np.asarray(windows).reshape(8, -1, windows.shape[1])
         on_one = jax.device_put(before["params"], jax.devices()[0])
         sizes = magnitudes(on_one, parts)
+        params0 = [np.asarray(x, np.float64) for x in jax.tree.leaves(before["params"])]
         old = optax.tree.get(before["state"], "ScaleByAdam3State")
         old = [[np.asarray(x, np.float64) for x in jax.tree.leaves(y)] for y in old[:3]]
         params, state, _ = single.step(before["params"], before["state"], windows)
@@ -216,8 +241,8 @@ def test_two_processes_of_four_are_one_of_eight(whole: Path, single: Single) -> 
             map(np.asarray, jax.tree.leaves(x))
             for x in (*ours[:3], params, *theirs[:3], after["params"])
         ]
-        for size, m0, v0, s0, m, v, s, p, m_, v_, s_, p_ in zip(
-            sizes, *old, *leaves, strict=True
+        for size, p0, m0, v0, s0, m, v, s, p, m_, v_, s_, p_ in zip(
+            sizes, params0, *old, *leaves, strict=True
         ):
             delta = (2 * 7 + 2) * U * 1.001 * np.asarray(size, np.float64)
             b1, b2, b3 = char_lm.B1, char_lm.B2, char_lm.B3
@@ -233,10 +258,14 @@ def test_two_processes_of_four_are_one_of_eight(whole: Path, single: Single) -> 
             )
             for x, y, bound in zip((m, v, s), (m_, v_, s_), bounds, strict=True):
                 assert np.all(np.abs(x.astype(np.float64) - y) <= bound + TINY)
+            for new, moments in ((p, (m, v, s)), (p_, (m_, v_, s_))):
+                wanted, bound = stepped(p0, *moments, count)
+                assert np.all(np.abs(new - wanted) <= bound)
             same = (m == m_) & (v == v_) & (s == s_)
             assert np.array_equal(p[same], p_[same])
             equal, total = equal + same.sum(), total + same.size
     assert total > 10_000
+    assert equal > total / 2
     assert single.step._cache_size() == 1  # compiled once: what it returns, it takes
     print(f"{equal} of {total} elements are equal to the bit")
 
@@ -316,6 +345,49 @@ def test_kills_at_full_size(
     # On another number of processes: nothing is left to train, and it still loads.
     one = launch(tmp_path / "never", *options, "--processes", "1", **size)
     assert one.printed.startswith(f"Resumed from step {STEPS}: 1 processes, 4 devices")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_worker_that_is_killed(process: int, tmp_path: Path) -> None:
+    faults = [*listening(3), [process, "begun", 4, "die"]]
+    ended = launch(tmp_path, faults=faults)
+    assert (
+        ended.errors == f"multi_process.py: worker {process} ended (SIGKILL), {GO_ON}"
+    )
+    assert ended.status == 1
+    assert ended.seconds < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [[], [[1, "begun", 4, "freeze"]]])
+def test_a_launcher_that_is_killed(before: list[Any], tmp_path: Path) -> None:
+    # Also with a worker that can do nothing any more.
+    faults = [*listening(3), *before, [0, "begun", 4, "kill launcher"]]
+    ended = launch(tmp_path, faults=faults)
+    assert (ended.status, ended.errors) == (-signal.SIGKILL, "")
+    assert ended.seconds < LIMIT
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with multi_process.checkpoints.locked(tmp_path / "checkpoints"):
+        ended = launch(tmp_path)
+    assert (ended.status, ended.printed) == (2, "")
+    assert re.fullmatch(r"multi_process.py: another run is using .*\n", ended.errors)
+
+
+@pytest.mark.slow
+def test_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    killed = launch(tmp_path, faults=[[1, "begun", 4, "die"]])
+    assert killed.status == 1
+    fewer = ("--processes", "1", "--devices-per-process", "8")
+    one = launch(tmp_path, *fewer, faults=[[0, "begun", 6, "die"]])
+    assert one.printed.startswith("Resumed from step 3: 1 processes, 8 devices\n")
+    two = launch(tmp_path)
+    assert two.status == 0
+    assert two.printed.startswith("Resumed from step 5: 2 processes, 8 devices\n")
 
 
 @pytest.mark.slow
