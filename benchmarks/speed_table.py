@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import common
+from study import report
 
 ARMS = (
     "optax.adamw",
@@ -31,11 +32,11 @@ def table(folder: Path) -> str:
             sizes = row["leaves"], row["parameters"]
             labels[row["tree"]] = common.label(row["tree"], *sizes)
     head = ["ratio to `optax.adam`, float32 parameters", *labels.values()]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for arm in ARMS:
         ratios = [found.get((tree, arm)) for tree in labels]
         rows.append([arm, *("" if x is None else f"{x:.2f}" for x in ratios)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return report.table(head, rows)
 
 
 def main() -> None:
