@@ -16,7 +16,7 @@ Found = dict[str, Any]
 Panel = Axes
 COLOURS = mpl.color_sequences["tab10"]
 WIDTH = 3.2  # inches, of a panel
-PERCENT = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200]
+PERCENT = [1, 2, 5, 10, 20, 50, 100, 200, 500]
 
 
 def draw(found: Found, record: Record, folder: Path) -> list[Path]:
@@ -49,6 +49,16 @@ def _panels(names: list[str], height: float) -> tuple[Figure, Iterator[Any]]:
         panel.set_title(name, loc="left", weight="bold", size="medium")
         panel.spines[["top", "right"]].set_visible(False)
     return figure, iter(panels)
+
+
+def _in_per_cent(axis: Any) -> None:
+    """Labels an axis that is linear about 0 and logarithmic beyond."""
+    low, high = axis.get_view_interval()
+    wide = max(-low, high) > 5
+    sizes = PERCENT[1::2] if wide else PERCENT
+    ticks = [x for x in (*(-y for y in sizes), 0, *sizes) if low <= x <= high]
+    axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def _tasks(found: Found) -> list[str]:
@@ -99,10 +109,7 @@ def _finals(found: Found) -> Figure:
         panel.set_yticks(range(len(arms)), list(reversed(arms)))
         # One bad arm would hide what the others are.
         panel.set_xscale("symlog", linthresh=2.0)
-        left, right = panel.get_xlim()
-        ticks = [x for x in PERCENT if left <= x <= right]
-        panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        panel.set_xticks([], minor=True)
+        _in_per_cent(panel.xaxis)
         panel.set_xlabel(f"loss minus {found['baseline']}'s, %")
     return figure
 
@@ -182,7 +189,11 @@ def _learning_rate(found: Found) -> Figure | None:
         panel.set_xscale("log")
         panel.set_yscale("log")
         bottom = min(lowest, default=1.0)
-        panel.set_ylim(0.97 * bottom, 1.6 * bottom)
+        factors = np.array([1.0, 1.2, 1.5, 2.0, 3.0])
+        ticks = [float(f"{x:.2g}") for x in factors * bottom]
+        panel.set_ylim(0.97 * bottom, 3.0 * bottom)
+        panel.set_yticks(ticks, [f"{x:g}" for x in ticks])
+        panel.set_yticks([], minor=True)
         panel.set_xlabel("learning rate")
     figure.supylabel("final validation loss", size="medium")
     _below(figure, panel)
@@ -215,8 +226,11 @@ def _lam_and_b3(found: Found) -> Figure | None:
             shown = values if name == "lam" else 1 - values
             panel.plot(shown, percent, ".-", label=task, c=f"C{number}", lw=1.0)
         panel.axhline(0, c="0.7", lw=0.8)
+        panel.set_yscale("symlog", linthresh=2.0)
+        _in_per_cent(panel.yaxis)
         if name == "lam":
             panel.set_xscale("symlog", linthresh=1e-3)
+            panel.set_xticks([-0.1, -0.01, 0, 0.001, 0.01, 0.1])
         else:
             panel.set_xscale("log")
         panel.set_xlabel("lam" if name == "lam" else "1 - b3")
