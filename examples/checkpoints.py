@@ -19,7 +19,8 @@ an array.
         tree = restore(folder, step, tree, description)
 
 With several processes each one calls these functions, with the same arguments, on one
-shared file system. The folder is for the checkpoints of one run at a time (`locked`).
+shared file system; what is an error in one of them is the same error in all. The folder
+is for the checkpoints of one run at a time (`locked`).
 """
 
 import contextlib
@@ -44,6 +45,8 @@ except ImportError:  # on Windows
     fcntl = None
 
 FORMAT = 1  # of the manifest
+STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
+LONGEST = 4096  # bytes of an error that all processes raise
 ARRAYS, MANIFEST, UNFINISHED = "arrays", "manifest.json", "manifest.json.unfinished"
 
 
@@ -72,52 +75,37 @@ def save(
     Raises:
         CheckpointError: The folder holds a checkpoint of this step or a later one, or
             of another run, or a folder that is no checkpoint; not all processes see it.
-        TypeError: A step that is no whole number.
+        TypeError: A step or keep that is no whole number.
         ValueError: A negative step; a keep below 1; a leaf that is no array; a
             description that JSON cannot hold.
     """
-    if isinstance(step, bool):
-        raise TypeError(f"step must be a whole number, got {step}")
-    step = operator.index(step)
+    step, keep = _whole("step", step), _whole("keep", keep)
     if step < 0 or keep < 1:
         raise ValueError(f"step must be >= 0 and keep >= 1, got {step} and {keep}")
     arrays, description = _arrays(tree), _as_json(description)
-    folder = Path(folder).absolute()
-    complete = _complete(folder)
-    if complete and step <= complete[-1]:
-        raise CheckpointError(
-            f"{folder} holds a checkpoint of step {complete[-1]}, so step {step} is "
-            "refused there: restore that one, or use another folder"
-        )
-    if complete:  # or another run's checkpoints would be removed as old ones
-        _check(_path(folder, complete[-1]), description, arrays)
-    checkpoint = _path(folder, step)
-    _barrier("checkpoint begins")  # all have looked into the folder, as it was
-    if jax.process_index() == 0:
-        _remove_unfinished(folder)
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / UNFINISHED).touch()
-        _sync(checkpoint)
-    _barrier("checkpoint has a folder")
-    seen = multihost_utils.process_allgather(np.asarray(checkpoint.is_dir()))
-    if not seen.all():
-        raise CheckpointError(f"{folder} is not shared by all processes")
+    checkpoint = _path(Path(folder).absolute(), step)
+    with _together():
+        if jax.process_index() == 0:
+            _begin(checkpoint, step, description, arrays)
+    with _together():
+        if step not in _steps(checkpoint.parent):
+            raise CheckpointError(f"{folder} is not shared by all processes")
     with ocp.StandardCheckpointer() as orbax:
         orbax.save(checkpoint / ARRAYS, tree)
         orbax.wait_until_finished()
-    _barrier("checkpoint has its arrays")
-    if jax.process_index() == 0:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "description": description,
-            "arrays": arrays,
-            "files": {name: _file(checkpoint / name) for name in _names(checkpoint)},
-        }
-        _commit(checkpoint, manifest | {"sha256": _digest(manifest)})
-        for old in _complete(folder)[:-keep]:
-            _remove(_path(folder, old))
-    _barrier("checkpoint is complete")
+    multihost_utils.sync_global_devices("the arrays are written")
+    with _together():
+        if jax.process_index() == 0:
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "description": description,
+                "arrays": arrays,
+                "files": {x: _file(checkpoint / x) for x in _names(checkpoint)},
+            }
+            _commit(checkpoint, manifest | {"sha256": _digest(manifest)})
+            for old in _complete(checkpoint.parent)[:-keep]:
+                _remove(_path(checkpoint.parent, old))
 
 
 def latest(folder: Path | str) -> int | None:
@@ -128,9 +116,13 @@ def latest(folder: Path | str) -> int | None:
     Raises:
         CheckpointError: There is a folder that is no checkpoint.
     """
-    complete = _complete(Path(folder))
-    last = np.asarray(complete[-1] if complete else -1, np.int32)
-    last = int(multihost_utils.broadcast_one_to_all(last))
+    last = -1
+    with _together():
+        if jax.process_index() == 0:
+            last = max(_complete(Path(folder)), default=-1)
+    # As bytes, for JAX would cut a number to 32 bits.
+    last = np.asarray([last], np.int64).view(np.uint8)
+    last = int(multihost_utils.process_allgather(last)[0].view(np.int64)[0])
     return None if last < 0 else last
 
 
@@ -141,12 +133,14 @@ def locked(folder: Path | str) -> Iterator[None]:
     Raises:
         CheckpointError: Another run is using the folder.
     """
-    with (Path(folder) / ".lock").open("ab") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(f"another run is using {folder}") from None
+    with contextlib.ExitStack() as stack:
+        with _together():
+            if jax.process_index() == 0 and fcntl is not None:
+                file = stack.enter_context((Path(folder) / ".lock").open("ab"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise CheckpointError(f"another run is using {folder}") from None
         yield
 
 
@@ -170,12 +164,16 @@ def restore(
         CheckpointError: No such checkpoint; one that is truncated or changed; one with
             another description, other arrays, shapes or dtypes. It names the first
             difference, what is saved and what is wanted.
-        ValueError: A leaf of the template without a sharding.
+        TypeError: A step that is no whole number.
+        ValueError: A leaf of the template without a sharding; a description that JSON
+            cannot hold.
     """
     wanted = _arrays(template)
-    checkpoint = _path(Path(folder).absolute(), step)
-    manifest = _check(checkpoint, _as_json(description), wanted)
-    _verify(checkpoint, manifest["files"])
+    description = _as_json(description)
+    checkpoint = _path(Path(folder).absolute(), _whole("step", step))
+    with _together():
+        manifest = _check(checkpoint, description, wanted)
+        _verify(checkpoint, manifest["files"])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
     )
@@ -186,6 +184,41 @@ def restore(
 # --- Complete and unfinished --------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Waits for all processes, and raises in all of them what is wrong in one."""
+    error, message = None, b""
+    try:
+        yield
+    except (CheckpointError, OSError) as caught:
+        error, message = caught, (str(caught) or repr(caught)).encode()[:LONGEST]
+    padded = np.frombuffer(message.ljust(LONGEST, b"\0"), np.uint8)
+    for said in multihost_utils.process_allgather(padded):
+        if said.any():
+            text = said.tobytes().rstrip(b"\0").decode(errors="replace")
+            raise CheckpointError(text) from error
+
+
+def _begin(
+    checkpoint: Path, step: int, description: dict[str, Any], arrays: dict[str, str]
+) -> None:
+    """Makes the folder of a checkpoint, marked as unfinished, where it may be made."""
+    folder = checkpoint.parent
+    complete = _complete(folder)
+    if complete and step <= complete[-1]:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint of step {complete[-1]}, so step {step} is "
+            "refused there: restore that one, or use another folder"
+        )
+    if complete:  # or another run's checkpoints would be removed as old ones
+        _check(_path(folder, complete[-1]), description, arrays)
+    for unfinished in set(_steps(folder)).difference(complete):
+        _remove(_path(folder, unfinished))
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / UNFINISHED).touch()
+    _sync(checkpoint)
+
+
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08}"
 
@@ -193,7 +226,7 @@ def _path(folder: Path, step: int) -> Path:
 def _steps(folder: Path) -> list[int]:
     """Returns the steps that have a folder, in order."""
     found = folder.iterdir() if folder.is_dir() else ()
-    names = (re.fullmatch(r"step_(\d{8,})", path.name) for path in found)
+    names = (STEP.fullmatch(path.name) for path in found)
     return sorted(int(name[1]) for name in names if name)
 
 
@@ -241,11 +274,6 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for step in set(_steps(folder)).difference(_complete(folder)):
-        _remove(_path(folder, step))
-
-
 def _remove(checkpoint: Path) -> None:
     """Removes what `save` writes; from the first moment on it counts as unfinished."""
     if (checkpoint / MANIFEST).exists():
@@ -258,12 +286,15 @@ def _remove(checkpoint: Path) -> None:
         checkpoint.rmdir()  # unless there is more in it, which is not ours
 
 
-def _barrier(name: str) -> None:
-    """Waits for all processes."""
-    multihost_utils.sync_global_devices(name)
-
-
 # --- The manifest -------------------------------------------------------------------
+
+
+def _whole(name: str, number: Any) -> int:
+    """Returns a whole number, which a float or a truth value is not."""
+    try:
+        return operator.index(None if isinstance(number, bool) else number)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {number!r}") from None
 
 
 def _arrays(tree: Any) -> dict[str, str]:
@@ -340,7 +371,10 @@ def _compare(
     """Raises where saved and wanted differ, and names the first difference."""
     for key in sorted(saved.keys() | wanted.keys()):
         # As text, for a NaN is not equal to itself.
-        ours, theirs = (json.dumps(x[key]) if key in x else "" for x in (wanted, saved))
+        ours, theirs = (
+            json.dumps(x[key], sort_keys=True) if key in x else ""
+            for x in (wanted, saved)
+        )
         if ours != theirs:
             ours, theirs = (x.get(key, "nothing") for x in (wanted, saved))
             raise CheckpointError(
@@ -361,20 +395,14 @@ def _damaged(checkpoint: Path, name: str, damage: str) -> CheckpointError:
 
 
 def _verify(checkpoint: Path, files: dict[str, Any]) -> None:
-    """Raises, in every process alike, where a file is not as it was saved."""
-    names = list(files)
-    shared = range(jax.process_index(), len(names), jax.process_count())
-    damaged = (i for i in shared if _damage(checkpoint, names[i], files[names[i]]))
-    found = multihost_utils.process_allgather(np.asarray(next(damaged, -1), np.int32))
-    if found.max() >= 0:
-        name = names[int(found.max())]
-        damage = _damage(checkpoint, name, files[name]) or "was damaged a moment ago"
-        raise _damaged(checkpoint, name, damage)
+    """Raises where a file is not as it was saved; each process reads its share."""
+    for name in sorted(files)[jax.process_index() :: jax.process_count()]:
+        if damage := _damage(checkpoint / name, files[name]):
+            raise _damaged(checkpoint, name, damage)
 
 
-def _damage(checkpoint: Path, name: str, saved: dict[str, Any]) -> str:
+def _damage(path: Path, saved: dict[str, Any]) -> str:
     """Returns what is wrong with a file, and nothing where it is as it was saved."""
-    path = checkpoint / name
     if not path.is_file():
         return "is missing"
     try:

@@ -218,13 +218,11 @@ def describe(options: argparse.Namespace, corpus: char_lm.Corpus) -> dict[str, A
 
 
 def work(options: argparse.Namespace, corpus: char_lm.Corpus) -> None:
-    """Joins the others and trains; the first process keeps other runs away."""
+    """Joins the others and trains, while other runs are kept away."""
     join(options)
     if options.batch % jax.device_count():
         raise MistakeError(cannot_split(options, jax.device_count()))
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(checkpoints.locked(options.checkpoints))
+    with checkpoints.locked(options.checkpoints):
         train(options, corpus)
 
 

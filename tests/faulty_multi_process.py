@@ -4,7 +4,8 @@ FAULTS is a JSON list of [process, event, step, action]. Events: "begun", before
 "arrays", when a checkpoint has its arrays and no manifest; "committed", when it has.
 Actions: "die" and "freeze" (the process itself), "kill launcher", "interrupt launcher",
 "raise", and "listen", which writes to FOUND/process.json who listens where, and when.
-Each worker begins by writing its number among processes to FOUND/process.pid.
+Each worker begins by writing its number among processes to FOUND/process.pid. With
+--process-id and no launcher it is one that was started by hand, on simulated devices.
 """
 
 import json
@@ -94,4 +95,6 @@ if __name__ == "__main__":
         number = int(sys.argv[sys.argv.index("--process-id") + 1])
         Path(os.environ["FOUND"], f"{number}.pid").write_text(str(os.getpid()))
         inject(number)
+        if "--simulated" not in sys.argv:
+            multi_process.simulate(4)
     sys.exit(multi_process.main())

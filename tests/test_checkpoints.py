@@ -193,7 +193,11 @@ def lost(folder: Path) -> None:
     lose_manifest(folder / "step_00000002")
 
 
-@pytest.mark.parametrize("harm", [foreign, lost])
+def file(folder: Path) -> None:
+    (folder / "step_00000500").touch()
+
+
+@pytest.mark.parametrize("harm", [foreign, lost, file])
 def test_what_is_neither_complete_nor_unfinished_stays(
     harm: Callable[[Path], None], tmp_path: Path, small: Any
 ) -> None:
@@ -201,6 +205,8 @@ def test_what_is_neither_complete_nor_unfinished_stays(
         checkpoints.save(tmp_path, step, small, DESCRIPTION)
     harm(tmp_path)
     message = r"step_00000(500|002) has no manifest.json, .*: move it away$"
+    if harm is file:
+        message = r"Not a directory: .*step_00000500"
     with refused(tmp_path, message):
         checkpoints.latest(tmp_path)
     with refused(tmp_path, message):
@@ -238,15 +244,22 @@ def test_the_last_few_stay_and_so_does_what_is_not_ours(
     tmp_path: Path, small: Any
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for step in (5, 10, 100_000_000):
+    (tmp_path / "step_000000007").mkdir()  # one digit too many
+    for step in (5, np.int64(10), jnp.int32(100_000_000), 10**10):
         checkpoints.save(tmp_path, step, small, DESCRIPTION, keep=2)
         if step == 5:
             (tmp_path / "step_00000005" / "mine.txt").write_text("mine, too")
     names = sorted(x.name for x in tmp_path.iterdir())
-    assert names == ["notes.txt", "step_00000005", "step_00000010", "step_100000000"]
+    assert names == [
+        "notes.txt",
+        "step_000000007",
+        "step_00000005",
+        "step_100000000",
+        "step_10000000000",
+    ]
     left = sorted(x.name for x in (tmp_path / "step_00000005").iterdir())
     assert left == ["manifest.json.unfinished", "mine.txt"]
-    assert checkpoints.latest(tmp_path) == 100_000_000
+    assert checkpoints.latest(tmp_path) == 10**10
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -261,9 +274,13 @@ def test_wrong_arguments(tmp_path: Path, small: Any) -> None:
         checkpoints.save(tmp_path, -1, small, DESCRIPTION)
     with pytest.raises(ValueError, match=r"keep >= 1, got 1 and 0"):
         checkpoints.save(tmp_path, 1, small, DESCRIPTION, keep=0)
-    for step in (True, 3.0, "3"):
-        with pytest.raises(TypeError):
+    for step in (True, 3.0, "3", jnp.ones(())):
+        with pytest.raises(TypeError, match="step must be a whole number, got"):
             checkpoints.save(tmp_path, step, small, DESCRIPTION)
+        with pytest.raises(TypeError, match="step must be a whole number, got"):
+            checkpoints.restore(tmp_path, step, small, DESCRIPTION)
+    with pytest.raises(TypeError, match=r"keep must be a whole number, got 2.5"):
+        checkpoints.save(tmp_path, 1, small, DESCRIPTION, keep=2.5)
     with pytest.raises(ValueError, match="description must be what JSON can hold"):
         checkpoints.save(tmp_path, 1, small, {"dtype": jnp.float32})
     with pytest.raises(ValueError, match=r"\['a'\]\[0\] must be a jax.Array"):
@@ -419,7 +436,8 @@ def test_foreign_description(
 
 
 def test_what_json_changes_in_descriptions(tmp_path: Path, small: Any) -> None:
-    description = {"decays": (0.9, 0.999), "tau": float("nan"), "x": "nothing"}
+    description: dict[str, Any] = {"decays": (0.9, 0.999), "tau": float("nan")}
+    description |= {"x": "nothing", "nested": {"b": 1, "a": 2}, "kept": {1: None}}
     checkpoints.save(tmp_path, np.int64(1), small, description)
     del description["x"]
     with refused(tmp_path, "in its description, x is nothing"):

@@ -4,11 +4,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib import import_module
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,18 +51,37 @@ class Ended(NamedTuple):
     seconds: float  # since then
 
 
-def launch(folder: Path, *options: str, faults: Any = (), **variables: str) -> Ended:
-    """Starts the processes, waits for their end, and checks that none is left."""
+def command(folder: Path, *options: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "tests" / "faulty_multi_process.py"),
+        *("--checkpoints", str(folder / "checkpoints"), *OPTIONS, *options),
+    ]
+
+
+def environment(folder: Path, faults: Any, **variables: str) -> dict[str, str]:
+    """Returns the variables of a run, about which nothing is known yet."""
     for old in (*folder.glob("*.json"), *folder.glob("*.pid")):
         old.unlink()
     ours = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    return {**ours, "FAULTS": json.dumps(faults), "FOUND": str(folder), **variables}
+
+
+def check_that_none_is_left(folder: Path) -> None:
+    ended = time.time()
+    workers = [int(path.read_text()) for path in folder.glob("*.pid")]
+    assert workers
+    # Those of a launcher that was killed may need a moment more.
+    while any(map(alive, workers)):
+        assert time.time() < ended + SHARED * LIMIT
+        time.sleep(0.05)
+
+
+def launch(folder: Path, *options: str, faults: Any = (), **variables: str) -> Ended:
+    """Starts the processes, waits for their end, and checks that none is left."""
     with subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "tests" / "faulty_multi_process.py"),
-            *("--checkpoints", str(folder / "checkpoints"), *OPTIONS, *options),
-        ],
-        env={**ours, "FAULTS": json.dumps(faults), "FOUND": str(folder), **variables},
+        command(folder, *options),
+        env=environment(folder, faults, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -69,17 +91,40 @@ def launch(folder: Path, *options: str, faults: Any = (), **variables: str) -> E
         except BaseException:
             process.kill()  # its workers end with it
             raise
-    ended = time.time()
+    check_that_none_is_left(folder)
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    workers = [int(path.read_text()) for path in folder.glob("*.pid")]
-    assert workers
-    # Those of a launcher that was killed may need a moment more.
-    while any(map(alive, workers)):
-        assert time.time() < ended + SHARED * LIMIT
-        time.sleep(0.05)
     seconds = time.time() - max((x["time"] for x in found), default=math.nan)
     hosts = [x["hosts"] for x in found]
     return Ended(process.returncode, printed, errors, hosts, seconds)
+
+
+def by_hand(folder: Path, *options: str, faults: Any = ()) -> list[tuple[int, str]]:
+    """Starts two processes as on two machines, and returns how each one ended.
+
+    Each has a folder of its own, for what it prints and for its checkpoints, which may
+    be a link to that of the other.
+    """
+    address = f"{multi_process.LOOPBACK}:{multi_process.free_port()}"
+    variables = environment(folder, faults)
+    processes = []
+    try:
+        for i in ("0", "1"):
+            with (folder / i / "errors").open("w") as errors:
+                joined = ("--process-id", i, "--coordinator", address)
+                processes.append(
+                    subprocess.Popen(
+                        command(folder / i, *options, *joined),
+                        env=variables,
+                        stdout=subprocess.DEVNULL,
+                        stderr=errors,
+                    )
+                )
+        ends = [process.wait(400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(ends[i], (folder / str(i) / "errors").read_text()) for i in (0, 1)]
 
 
 def alive(process: int) -> bool:
@@ -419,6 +464,124 @@ def test_ctrl_c(tmp_path: Path) -> None:
     message = "interrupted; the same command goes on from the last checkpoint"
     assert (ended.status, ended.errors) == (130, f"multi_process.py: {message}\n")
     assert ended.seconds < LIMIT
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal(tmp_path: Path) -> None:
+    attach = "import os, sys; os.login_tty(0); os.execv(sys.executable, sys.argv[1:])"
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", attach, *command(tmp_path, "--steps", "1000")],
+        env=environment(tmp_path, [], TERM="xterm"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        deadline = threading.Timer(300, process.kill)
+        deadline.start()
+        output, sent = b"", False
+        with open(ours, "r+b", buffering=0) as terminal:
+            while block := read(terminal):
+                output += block
+                # After the first checkpoint.
+                if not sent and re.search(rb"[2-9]/1000\D.*loss \d", output):
+                    terminal.write(b"\x03")
+                    sent = True
+        status = process.wait()
+        deadline.cancel()
+    check_that_none_is_left(tmp_path)
+    assert (sent, status) == (True, 130)
+    # The cursor, which the bar hid, is there again, and the bar's line has an end.
+    assert output.rfind(b"\x1b[?25h") > output.rfind(b"\x1b[?25l") > 0
+    printed = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "", output.decode())
+    assert "Traceback" not in printed
+    assert "Started: 2 processes, 8 devices\n" in printed
+    assert printed.endswith(
+        "\nmulti_process.py: interrupted; the same command goes on from the last "
+        "checkpoint\n"
+    )
+
+
+def read(terminal: FileIO) -> bytes:
+    """Returns some output, and nothing at its end."""
+    try:
+        return terminal.read(1 << 16)
+    except OSError:  # so Linux ends a terminal
+        return b""
+
+
+@pytest.fixture
+def two_machines(tmp_path: Path) -> Path:
+    """Two folders, one for each process, which share their checkpoints."""
+    for i in ("0", "1"):
+        (tmp_path / i).mkdir()
+    (tmp_path / "0" / "checkpoints").mkdir()
+    (tmp_path / "1" / "checkpoints").symlink_to(tmp_path / "0" / "checkpoints")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_by_hand_a_process_that_is_killed(process: int, two_machines: Path) -> None:
+    # There is no launcher, so JAX must notice by itself.
+    faults = [*listening(3), [process, "begun", 4, "die"]]
+    ends = by_hand(two_machines, faults=faults)
+    began = [
+        json.loads(path.read_text())["time"] for path in two_machines.glob("*.json")
+    ]
+    assert time.time() - max(began) < LIMIT
+    assert ends[process][0] == -signal.SIGKILL
+    assert ends[1 - process][0] not in (0, 2)
+    # And they go on, to the end.
+    ends = by_hand(two_machines)
+    assert ends == [(0, ""), (0, "")]
+    steps = sorted(x.name for x in (two_machines / "0" / "checkpoints").glob("step_*"))
+    assert steps == [f"step_{i:08}" for i in range(1, STEPS + 1)]
+
+
+@pytest.mark.slow
+def test_by_hand_a_batch_that_cannot_be_split(two_machines: Path) -> None:
+    first, second = by_hand(two_machines, "--batch", "12")
+    message = "multi_process.py: --batch 12 cannot be split over 8 devices\n"
+    assert first == (2, message)
+    assert second[0] != 0  # it may have noticed that the first one is gone
+
+
+@pytest.mark.slow
+def test_by_hand_folders_that_are_not_shared(two_machines: Path) -> None:
+    own = two_machines / "1" / "checkpoints"
+    own.unlink()
+    own.mkdir()
+    first, second = by_hand(two_machines)
+    assert first[0] == 2
+    # What the second one found wrong, both say.
+    assert first[1] == f"multi_process.py: {own} is not shared by all processes\n"
+    assert second[0] != 0  # as above
+    assert not list(own.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_damaged_checkpoint(process: int, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole, folder)
+    last = folder / f"step_{STEPS:08}"
+    files = sorted(json.loads((last / "manifest.json").read_text())["files"])
+    # One that only this process reads.
+    with (last / files[process]).open("ab") as file:
+        file.write(b"x")
+    ended = launch(tmp_path)
+    assert (ended.status, ended.printed) == (2, "")
+    assert re.fullmatch(
+        rf"multi_process.py: {re.escape(str(last / files[process]))} has .* were "
+        rf"saved; with {last.name} moved away, a run goes on from step {STEPS - 1}\n",
+        ended.errors,
+    )
+    last.rename(tmp_path / "moved")
+    ended = launch(tmp_path)
+    assert ended.status == 0
+    assert ended.printed.startswith(f"Resumed from step {STEPS - 1}: 2 processes")
 
 
 @pytest.mark.slow
