@@ -139,6 +139,23 @@ def test_the_design_has_five_learning_rates_a_decade(name: str) -> None:
             assert len(set(cells)) == 16
 
 
+def test_a_task_may_be_tuned_on_more_seeds(tmp_path: Path) -> None:
+    plan = part("plan")
+    line = 'kind = "digits"'
+    study = plan.load(edited(tmp_path, (line, line + "\ntuning_seeds = [0, 7, 8]")))
+    of_digits = {x.seed for x in plan.tune(study) if x.task == "digits"}
+    assert of_digits == {0, 7, 8}
+    others = {x.seed for x in plan.tune(study) if x.task != "digits"}
+    assert others <= set(study.tuning["seeds"])
+    # A trial is the same with them as without: what has run is not run again.
+    before = plan.load(edited(tmp_path))
+    [old, new] = (
+        next(y for y in plan.tune(x) if y.task == "digits" and y.seed == 0)
+        for x in (before, study)
+    )
+    assert before.key(old, "text") == study.key(new, "text")
+
+
 def test_numbers_stay_in_their_ranges() -> None:
     plan = part("plan")
     assert plan.spread("warm_up", [0.0, 0.2], 0.5) == 0.1
@@ -175,6 +192,8 @@ def edited(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         ('kind = "digits"', 'kind = "letters"', "kind must be one of characters, .*"),
         ("width = 8", "size = 8", "tasks.digits: digits has no option 'size'; it has"),
         ("batch = 8", "batch = 7", "batch must be even, got 7"),
+        ("width = 8", "tuning_seeds = []", "digits.tuning_seeds must be whole numbers"),
+        ("width = 8", "tuning_seeds = [101]", "must be fresh, but .101. are not"),
         ("lam = [0.001, 0.3]", "lam = [0.3, 0.001]", "space.lam must be a number or a"),
         ("first = 100", "first = 50", "final's seeds must be fresh, but .50. are not"),
         ('baseline = "adamw"', 'baseline = "sgd"', "'sgd' is none of .arms."),
@@ -485,6 +504,18 @@ def corpus() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         return part("tasks").char_lm.load(None)
+
+
+def test_recall_is_of_the_training_text(corpus: Any) -> None:
+    make, few = part("tasks").make, {"characters": 40, "context": 32, "windows": 8}
+    recall = make("characters", {**few, "recall": True}, corpus)
+    held_out = make("characters", few, corpus)
+    params = recall.init(jax.random.key(0))
+    # Its windows begin at the 0th to 7th character; all of them, and no others.
+    tokens = jnp.asarray(corpus.training[:40])
+    windows = jnp.stack([tokens[i : i + 33] for i in range(8)])
+    assert float(recall.validate(params)["loss"]) == float(recall.loss(params, windows))
+    assert recall.validate(params) != held_out.validate(params)
 
 
 @pytest.mark.parametrize("kind", ["characters", "words", "softmax", "digits"])

@@ -20,6 +20,7 @@ from study.record import Record
 DIMENSIONS = (*SHARED, "lam", "b3", "tau", "b1", "eps", "alpha", "beta")
 Table = dict[str, Any]
 POINTS = 20
+OF_PLAN = ("lr", "lanes", "tuned", "tuning_seeds")  # of a task, not of its trials
 
 
 class Trial(NamedTuple):
@@ -55,7 +56,8 @@ class Study(NamedTuple):
         sweeps: lr, seeds, lam, b3; a list that is empty leaves its sweep out.
         space: Ranges for all arms.
         arms: Rules, factors of the learning rate, further ranges.
-        tasks: Kinds, steps, centres of the learning rate, lanes, options.
+        tasks: Kinds, steps, centres of the learning rate, lanes, seeds of tuning where
+            a task needs more of them, options.
         checks: identity, stationary, blow_up.
     """
 
@@ -79,7 +81,7 @@ class Study(NamedTuple):
         task = self.tasks[trial.task]
         defines = {
             "phase": trial.phase,
-            "task": {x: task[x] for x in task if x not in ("lr", "lanes", "tuned")},
+            "task": {x: task[x] for x in task if x not in OF_PLAN},
             "corpus": corpus if task["kind"] in tasks.OF_TEXT else None,
             "rule": trial.rule,
             "h": trial.h,
@@ -90,8 +92,12 @@ class Study(NamedTuple):
 
     def options(self, task: str) -> Table:
         """Returns the options of a task's kind."""
-        own = ("kind", "steps", "lr", "lanes", "tuned")
+        own = ("kind", "steps", *OF_PLAN)
         return {k: v for k, v in self.tasks[task].items() if k not in own}
+
+    def tuning_seeds(self, task: str) -> list[int]:
+        """Returns the seeds of tuning: a task's own, where it has any."""
+        return list(self.tasks[task].get("tuning_seeds", self.tuning["seeds"]))
 
     def tuned_tasks(self) -> list[str]:
         """Returns the tasks on which arms are compared."""
@@ -143,7 +149,15 @@ def _check(study: Study) -> None:
     if study.tuning["trials"] < 1 or not study.tuning["seeds"]:
         raise ValueError("tuning needs a trial and a seed")
     fresh = range(study.final["first"], study.final["first"] + study.final["seeds"])
-    if used := set(fresh) & {*study.tuning["seeds"], *study.sweeps["seeds"]}:
+    used = {*study.tuning["seeds"], *study.sweeps["seeds"]}
+    for name, task in study.tasks.items():
+        seeds = task.get("tuning_seeds", [0])
+        if type(seeds) is not list or not seeds or {type(x) for x in seeds} != {int}:
+            raise ValueError(
+                f"tasks.{name}.tuning_seeds must be whole numbers, got {seeds!r}"
+            )
+        used |= set(study.tuning_seeds(name))
+    if used := used & set(fresh):
         raise ValueError(f"final's seeds must be fresh, but {sorted(used)} are not")
     if study.baseline not in study.arms:
         raise ValueError(f"baseline {study.baseline!r} is none of [arms]")
@@ -301,7 +315,7 @@ def tune(study: Study) -> list[Trial]:
         for task in study.tuned_tasks()
         for arm in study.arms
         for h in settings(study, task, arm)
-        for seed in study.tuning["seeds"]
+        for seed in study.tuning_seeds(task)
     ]
 
 
@@ -335,7 +349,9 @@ def best(study: Study, record: Record, corpus: str, task: str, arm: str) -> Best
     rule = study.arms[arm]["rule"]
     tried, diverged = [], 0
     for h in settings(study, task, arm):
-        trials = [Trial("tune", task, arm, rule, h, x) for x in study.tuning["seeds"]]
+        trials = [
+            Trial("tune", task, arm, rule, h, x) for x in study.tuning_seeds(task)
+        ]
         losses = [record.rows[study.key(x, corpus)]["final"] for x in trials]
         if None in losses:
             diverged += 1

@@ -52,6 +52,7 @@ def characters(
     corpus: char_lm.Corpus,
     *,
     characters: int = 0,
+    recall: bool = False,
     batch: int = 16,
     context: int = 32,
     width: int = 48,
@@ -65,6 +66,8 @@ def characters(
         corpus: The text.
         characters: Length of the training text; 0 takes all of it. A short one is
             memorised.
+        recall: Whether to validate on the training text itself: how well it has been
+            memorised. Held-out loss would favour whatever memorises least.
         batch: Windows a step.
         context: Characters a window.
         width: Of the features.
@@ -73,9 +76,12 @@ def characters(
         windows: To validate on, evenly spread over the last tenth of the text.
     """
     tokens = corpus.training[: characters or None]
-    held_out = _evenly(corpus.held_out[:, : context + 1], windows)
+    if recall:
+        validation = _windows(tokens, context, windows)
+    else:
+        validation = _evenly(corpus.held_out[:, : context + 1], windows)
     sizes = _Sizes(len(corpus.alphabet), context, width, layers, heads)
-    return _language_model(tokens, held_out, batch, sizes)
+    return _language_model(tokens, validation, batch, sizes)
 
 
 def words(
@@ -113,11 +119,8 @@ def words(
     index = {word: i for i, word in enumerate(known, 1)}
     tokens = np.array([index.get(word, 0) for word in found], np.int32)
     tokens, rest = np.split(tokens, [-(len(tokens) // 10)])
-    starts = np.linspace(0, len(rest) - context - 1, windows, dtype=int)
-    held_out = rest[starts[:, None] + np.arange(context + 1)]
-    return _language_model(
-        tokens, held_out, batch, _Sizes(vocabulary, context, width, layers, heads)
-    )
+    sizes = _Sizes(vocabulary, context, width, layers, heads)
+    return _language_model(tokens, _windows(rest, context, windows), batch, sizes)
 
 
 class _Sizes(NamedTuple):
@@ -461,6 +464,12 @@ def gradient_scale(task: Task) -> float:
     gradient = jax.grad(task.loss)(params, task.batch(jax.random.key(1)))
     elements = np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
     return float(np.sqrt(np.mean(elements[elements != 0].astype(np.float64) ** 2)))
+
+
+def _windows(tokens: np.ndarray, context: int, count: int) -> np.ndarray:
+    """Returns windows of a text, evenly spread, each of context + 1 tokens."""
+    starts = np.linspace(0, len(tokens) - context - 1, count, dtype=int)
+    return tokens[starts[:, None] + np.arange(context + 1)]
 
 
 def _evenly(rows: np.ndarray, count: int) -> np.ndarray:
