@@ -3,7 +3,7 @@
     python benchmarks/compare.py --study main --text FILE --out FOLDER
     python benchmarks/compare.py --report FOLDER
 
-A study is a file in benchmarks/studies/ (main, search, quick, tiny), or another's path.
+A study is a file in benchmarks/studies/ (such as main, search, quick), or any path.
 Each arm is tried in the same number of settings (tune); the best is rerun on seeds that
 tuning never saw, paired across arms (final); learning rate, lam and b3 are varied about
 it (sweeps). Every training is a line of FOLDER/trials.jsonl once it has ended. The same

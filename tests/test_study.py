@@ -105,7 +105,7 @@ def test_steps_to_the_baseline() -> None:
 # --- The design ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["main", "search", "quick", "tiny"])
+@pytest.mark.parametrize("name", ["main", "search", "confirm", "quick", "tiny"])
 def test_every_arm_has_as_many_trials_on_shared_points(name: str) -> None:
     plan = part("plan")
     study = plan.load(STUDIES / f"{name}.toml")
@@ -121,7 +121,7 @@ def test_every_arm_has_as_many_trials_on_shared_points(name: str) -> None:
                     assert ours[x] == theirs[x]
 
 
-@pytest.mark.parametrize("name", ["main", "search"])
+@pytest.mark.parametrize("name", ["main", "search", "confirm"])
 def test_the_design_has_five_learning_rates_a_decade(name: str) -> None:
     plan = part("plan")
     study = plan.load(STUDIES / f"{name}.toml")

@@ -234,6 +234,7 @@ def softmax(
     distance: float = 6.0,
     batch: int = 128,
     label_noise: float = 0.0,
+    data: int = 0,
 ) -> Task:
     """Softmax regression on Gaussian clusters, class k with frequency 1/k.
 
@@ -246,8 +247,9 @@ def softmax(
         batch: Examples a step.
         label_noise: Probability that a label, also a held-out one, is replaced by one
             of all classes, all equally likely.
+        data: Seed of centres and examples.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(data)
     centres = rng.normal(size=(classes, features)) * distance / (2 * features) ** 0.5
     frequencies = 1 / np.arange(1, classes + 1)
     frequencies /= frequencies.sum()
