@@ -37,7 +37,7 @@ from rich.progress import (
 )
 from study import arms, checks, plan, report, tasks
 from study.plan import POINTS, Study, Trial
-from study.record import Record, environment
+from study.record import Record, environment, lock
 from study.training import Program, StoppedError
 
 STUDIES = Path(__file__).resolve().parent / "studies"
@@ -104,6 +104,9 @@ class Runner:
             return
         # Data are made here, for the threads would make them twice.
         programs = {pair: self.program(*pair) for pair in by_program}
+        # All tasks of a rule, then the next rule: tasks differ in what they take,
+        # and so the time left is right from early on.
+        order = sorted(by_program, key=lambda pair: list(arms.RULES).index(pair[1]))
         shown = Progress(*BAR, console=console, disable=not console.is_terminal)
         began = spoke = time.monotonic()
         done, lock = 0, threading.Lock()  # workers call `note`
@@ -123,8 +126,8 @@ class Runner:
                         print(f"{phase:10} {text}", flush=True)
 
             waiting: set[Future[None]] = {
-                pool.submit(self.train, programs[pair], mine, note)
-                for pair, mine in by_program.items()
+                pool.submit(self.train, programs[pair], by_program[pair], note)
+                for pair in order
             }
             try:
                 while waiting:
@@ -241,6 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 tasks.make(table["kind"], options.study.options(task), options.corpus)
         if not options.lanes:
             options.out.mkdir(parents=True, exist_ok=True)
+            options.lock = lock(options.out)  # which `main` releases
             options.record = Record(options.out)
             environment(options.out, tasks.fingerprint(options.corpus))
             copy = options.out / "study.toml"
@@ -270,9 +274,10 @@ def main(argv: list[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        runner.check(folder)
-        for phase, trials in runner.phases():
-            runner.run(trials, phase, console)
+        with options.lock:
+            runner.check(folder)
+            for phase, trials in runner.phases():
+                runner.run(trials, phase, console)
     except KeyboardInterrupt:
         count = len(runner.record.rows)
         where = f"{count:,} trials are in {runner.record.path}"

@@ -633,6 +633,9 @@ def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
         file.write('{"key": "torn')
     with subprocess.Popen(start, env=ENVIRONMENT, **quiet) as stopped:  # type: ignore[call-overload]
         wait_for_lines(stopped, tmp_path, len(before) + 3)
+        second = run(tmp_path, "--study", "tiny")
+        assert second.returncode == 2
+        assert f"another study is running in {tmp_path}" in second.stderr
         stopped.send_signal(signal.SIGINT)
         out, error = stopped.communicate(timeout=300)
     assert (stopped.returncode, error) == (130, "")
@@ -682,7 +685,10 @@ def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
 
 def test_mistakes_in_the_command(tmp_path: Path) -> None:
     for arguments, complaint in (
-        (("--study", "none"), "--study must be one of main, quick, search, tiny, or"),
+        (
+            ("--study", "none"),
+            "--study must be one of confirm, main, quick, search, tiny",
+        ),
         (("--text", str(tmp_path / "none")), "none: No such file or directory"),
         (("--report", str(tmp_path)), "study.toml: No such file or directory"),
     ):

@@ -7,9 +7,14 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import common
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 Row = dict[str, Any]
 
@@ -52,6 +57,25 @@ class Record:
                 file.flush()
                 os.fsync(file.fileno())
             self.rows[row["key"]] = row
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """Keeps other studies out of a folder, on Linux and macOS.
+
+    Returns:
+        A file that holds the lock for as long as it is open.
+
+    Raises:
+        ValueError: Another study is running there.
+    """
+    file = (folder / "trials.jsonl").open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"another study is running in {folder}") from None
+    return file
 
 
 def environment(folder: Path, corpus: str) -> None:
