@@ -1,6 +1,7 @@
 """The figures of a record, from results.json's numbers and the trials' alone."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ Found = dict[str, Any]
 Panel = Axes
 COLOURS = mpl.color_sequences["tab10"]
 WIDTH = 3.2  # inches, of a panel
+ACROSS = 4  # panels beside each other
 PERCENT = [1, 2, 5, 10, 20, 50, 100, 200, 500]
 
 
@@ -42,19 +44,23 @@ def draw(found: Found, record: Record, folder: Path) -> list[Path]:
 
 def _panels(names: list[str], height: float) -> tuple[Figure, Iterator[Any]]:
     """Returns a figure with a panel for each name, which is its title."""
-    size = (0.8 + WIDTH * len(names), height)
+    across = min(ACROSS, len(names))
+    down = math.ceil(len(names) / across)
+    size = (0.8 + WIDTH * across, height * down)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for panel, name in zip(panels, names, strict=True):
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for panel in panels[len(names) :]:
+        panel.remove()
+    for panel, name in zip(panels, names, strict=False):
         panel.set_title(name, loc="left", weight="bold", size="medium")
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, iter(panels)
+    return figure, iter(panels[: len(names)])
 
 
 def _in_per_cent(axis: Any) -> None:
     """Labels an axis that is linear about 0 and logarithmic beyond."""
     low, high = axis.get_view_interval()
-    wide = max(-low, high) > 5
+    wide = max(-low, high) > 10
     sizes = PERCENT[1::2] if wide else PERCENT
     ticks = [x for x in (*(-y for y in sizes), 0, *sizes) if low <= x <= high]
     axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
@@ -77,7 +83,8 @@ def _colours(found: Found) -> dict[str, Any]:
 def _below(figure: Figure, panel: Panel) -> None:
     """Puts the legend of a panel below the figure."""
     handles, labels = panel.get_legend_handles_labels()
-    columns = min(6, max(1, len(labels)))
+    fit = 2 * round(figure.get_figwidth() / WIDTH)
+    columns = min(6, fit, max(1, len(labels)))
     figure.legend(
         handles,
         labels,
@@ -109,6 +116,7 @@ def _finals(found: Found) -> Figure:
         panel.set_yticks(range(len(arms)), list(reversed(arms)))
         # One bad arm would hide what the others are.
         panel.set_xscale("symlog", linthresh=2.0)
+        panel.margins(x=0.1)
         _in_per_cent(panel.xaxis)
         panel.set_xlabel(f"loss minus {found['baseline']}'s, %")
     return figure
