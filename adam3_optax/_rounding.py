@@ -73,10 +73,12 @@ def to_integer(root: jax.Array, power: int, bits: RandomBits) -> jax.Array:
     ulps = 1e-6 * root
     k = jnp.floor(root + ulps)
     f = jnp.where(root - k < ulps, 0.0, root - k)
-    # The chance of k + 1 is ((k+f)ᵖ - kᵖ) / ((k+1)ᵖ - kᵖ), here without cancellation.
+    # The chance of k + 1 is ((k+f)ᵖ - kᵖ) / ((k+1)ᵖ - kᵖ), here without cancellation,
+    # and without a division.
+    rise, span = f, jnp.ones_like(f)
     if power == 2:
-        f = f * (2 * k + f) / (2 * k + 1)
+        rise, span = f * (2 * k + f), 2 * k + 1
     elif power == 3:
-        f = f * (3 * k * (k + f) + f**2) / (3 * k * (k + 1) + 1)
+        rise, span = f * (3 * k * (k + f) + f**2), 3 * k * (k + 1) + 1
     draw = (bits(root) >> 8).astype(jnp.float32)  # 24 bits: float32 holds those
-    return jnp.where(draw < f * 2.0**24, k + 1, k)
+    return jnp.where(draw * span < rise * 2.0**24, k + 1, k)

@@ -83,6 +83,10 @@ class Float:
         """Returns the moment at rest, in the type of `rest`, where it rested before."""
         return narrowed(x, jnp.result_type(rest))
 
+    def in_turn(self, rest: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        """Returns both; what is made of this x is computed after `rest`."""
+        return rest, x
+
 
 class Float32(Float):
     """At rest in float32, also for float64 parameters."""
@@ -185,6 +189,13 @@ class Int8Rows(Float):
             codes = jnp.where(x < 0, -codes, codes)
         return Int8(codes, scale)
 
+    def in_turn(self, rest: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        if rest.codes.dtype != self.dtype:
+            return rest, x
+        # A row's maximum needs the moment in float32, whole. With one moment after the
+        # other, such copies share their memory.
+        return lax.optimization_barrier((rest, x))
+
 
 FORMATS: dict[str | None, Callable[[str], Float]] = {
     None: Float,
@@ -271,11 +282,12 @@ def _root(x: jax.Array, power: int) -> jax.Array:
 
 
 def _cbrt(x: jax.Array) -> jax.Array:
-    """Returns the cube root of x >= 0 within 3e-7: five times faster than XLA's."""
-    # A third of the exponent, and two of Halley's steps, each three times the digits.
-    third = lax.bitcast_convert_type(x, jnp.uint32) // 3 + jnp.uint32(0x2A508935)
-    y = lax.bitcast_convert_type(third, jnp.float32)
+    """Returns the cube root of x >= 0 within 3e-7: several times faster than XLA's."""
+    # y is x^(-1/3): minus a third of the exponent, which is within 3.5%, and two steps
+    # of third order on 1/y³ = x. They need no division, and nothing in them overflows.
+    third = lax.bitcast_convert_type(x, jnp.uint32) // 3
+    y = lax.bitcast_convert_type(jnp.uint32(0x54A24000) - third, jnp.float32)
     for _ in range(2):
-        cube = y * y * y
-        y = y * (cube + 2 * x) / (2 * cube + x)
-    return jnp.where(x > 0, y, 0.0)
+        error = 1.0 - (x * y) * (y * y)
+        y += y * error * (1 / 3 + error * (2 / 9))
+    return jnp.where(x > 0, x * y * y, 0.0)

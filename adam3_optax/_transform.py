@@ -163,7 +163,9 @@ def scale_by_adam3(
         # compiler would compute it anew for each of its readers, from copies of the
         # old moments.
         m, m_t = keep(0, _rule.update_m(g_t, m_t, k))
+        m, g_t = formats[0].in_turn(m, g_t)
         v, v_t = keep(1, _rule.update_v(g_t, v_t, k))
+        v, g_t = formats[1].in_turn(v, g_t)
         s, s_t = keep(2, _rule.update_s(g_t, m_t, s_t, k, third_moment))
         u_t = _rule.direction(m_t, v_t, s_t, k, third_moment)
         return u_t.astype(g.dtype), m, v, s

@@ -355,15 +355,16 @@ def test_temporary_memory(third_moment: Any, leaves: int) -> None:
         compiled = donated.lower(params, optimizer.init(params), params).compile()
         found[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
     print(third_moment, leaves, found)
-    # In the stabilized form the compiler keeps the root of int8, too.
+    # In the stabilized form the compiler keeps s, or its root, once more.
     more = 4 if third_moment == "stabilized" else 0
     assert found["float32"] < 0.01
-    assert found["int8"] < 8.5 + more
     if jax.__version_info__ < (0, 12):
+        assert found["int8"] < 8.5
         # There the CPU's bfloat16 is rounded by conversions, which are repeated.
         assert found["adams-memory"] < 4.1 + more
         assert found["bfloat16"] < 6.1 + more
     else:
+        assert found["int8"] < 4.5 + more
         assert found["adams-memory"] < 0.01
         assert found["bfloat16"] < 0.01
 
