@@ -105,7 +105,9 @@ def test_steps_to_the_baseline() -> None:
 # --- The design ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["main", "search", "confirm", "quick", "tiny"])
+@pytest.mark.parametrize(
+    "name", ["main", "search", "confirm", "characters", "quick", "tiny"]
+)
 def test_every_arm_has_as_many_trials_on_shared_points(name: str) -> None:
     plan = part("plan")
     study = plan.load(STUDIES / f"{name}.toml")
@@ -121,7 +123,7 @@ def test_every_arm_has_as_many_trials_on_shared_points(name: str) -> None:
                     assert ours[x] == theirs[x]
 
 
-@pytest.mark.parametrize("name", ["main", "search", "confirm"])
+@pytest.mark.parametrize("name", ["main", "search", "confirm", "characters"])
 def test_the_design_has_five_learning_rates_a_decade(name: str) -> None:
     plan = part("plan")
     study = plan.load(STUDIES / f"{name}.toml")
@@ -687,7 +689,7 @@ def test_mistakes_in_the_command(tmp_path: Path) -> None:
     for arguments, complaint in (
         (
             ("--study", "none"),
-            "--study must be one of confirm, main, quick, search, tiny",
+            "--study must be one of characters, confirm, main, quick, search, tiny",
         ),
         (("--text", str(tmp_path / "none")), "none: No such file or directory"),
         (("--report", str(tmp_path)), "study.toml: No such file or directory"),
