@@ -62,6 +62,7 @@ def _in_per_cent(axis: Any) -> None:
     low, high = axis.get_view_interval()
     wide = max(-low, high) > 10
     sizes = PERCENT[1::2] if wide else PERCENT
+    low = max(low, -100)  # no loss can fall by more
     ticks = [x for x in (*(-y for y in sizes), 0, *sizes) if low <= x <= high]
     axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
     axis.set_ticks([], minor=True)
@@ -187,20 +188,22 @@ def _learning_rate(found: Found) -> Figure | None:
     figure, panels = _panels(tasks, 3.6)
     panel: Any = None
     for task, panel in zip(tasks, panels, strict=True):
-        lowest = []
+        lowest, highest = [], []
         for arm, colour in colours.items():
             mine = [x for x in rows if (x["task"], x["arm"]) == (task, arm)]
             if mine:
                 rates, losses = _sorted(mine)
                 panel.plot(rates, losses, ".-", c=colour, label=arm, lw=1.0, ms=4)
                 lowest.append(np.nanmin(losses))
+                highest.append(np.nanmax(losses))
         panel.set_xscale("log")
         panel.set_yscale("log")
         bottom = min(lowest, default=1.0)
         factors = np.array([1.0, 1.2, 1.5, 2.0, 3.0])
         ticks = [float(f"{x:.2g}") for x in factors * bottom]
-        panel.set_ylim(0.97 * bottom, 3.0 * bottom)
         panel.set_yticks(ticks, [f"{x:g}" for x in ticks])
+        top = min(3.0 * bottom, 1.03 * max(highest, default=3.0))
+        panel.set_ylim(0.97 * bottom, top)
         panel.set_yticks([], minor=True)
         panel.set_xlabel("learning rate")
     figure.supylabel("final validation loss", size="medium")
