@@ -46,7 +46,7 @@ class Statistics:
         ratio_tail: Its .999 quantile; inf where m̂ is 0 and b_t is not.
         clipped: Share of elements whose term is clipped at tau.
         without_effect: Share of elements whose term is at most half a unit in the last
-            place of m̂, so that m̂ + b_t rounds to m̂.
+            place of m̂, so that m̂ + b_t rounds to m̂, or to its neighbour at most.
         elements: How many elements have had a gradient.
         state_bytes: Bytes in which m, v and s rest: a Python int.
     """
@@ -61,8 +61,11 @@ class Statistics:
     state_bytes: Any = dataclasses.field(metadata={"static": True})
 
     def _at(self, row: int) -> "Statistics":
-        fields = dataclasses.fields(self)
-        return Statistics(**{f.name: getattr(self, f.name)[row] for f in fields})
+        # Of the last axis, for `jax.vmap` over reports puts another before it.
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        sizes = arrays.pop("state_bytes")
+        chosen = {name: x[..., row] for name, x in arrays.items()}
+        return Statistics(**chosen, state_bytes=sizes[row])
 
     def _floats(self) -> dict[str, float]:
         return {f.name: float(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -146,8 +149,8 @@ class ThirdMomentReport:
         """Returns one sentence: whether the third moment does anything here.
 
         It says the first of these that holds: no element has had a gradient; NaN in .1%
-        of elements or more; lam = 0; no effect on half of the elements or more; half
-        or more clipped; a median ratio |b_t|/|m̂| above 1; one below .001; or else.
+        of elements or more; lam = 0; no effect on half of the elements or more; a
+        median ratio |b_t|/|m̂| above 1; half or more clipped; one below .001; or else.
         """
         x = self.overall
         ratio, tail = float(x.ratio), float(x.ratio_tail)
@@ -158,25 +161,27 @@ class ThirdMomentReport:
         if math.isnan(tail):
             return "The state holds NaN: there is nothing to say of the third moment."
         if not float(self.lam):
-            return "The third moment changes nothing, for lam is 0: this is Adam."
+            return (
+                "The third moment changes nothing, for lam is 0: this step is Adam's."
+            )
         if silent >= 0.5:
             where = "" if silent == 1 else f" in {_percent(silent)} of the elements"
             remedy = (
-                "only a larger lam or tau, or more skewed gradients, would change that"
+                "a larger lam or tau, or more skewed gradients, would change that"
                 if self.third_moment == "standardized"
                 else "rescale the loss, or use third_moment='standardized'"
             )
             return (
                 f"With these gradients the third moment changes nothing{where}: "
-                f"{found}; {remedy}."
+                f"{found}, .999 quantile {tail:.0e}; {remedy}."
             )
+        if ratio > 1:
+            return f"The skewness term outweighs the momentum: {found}."
         if clipped >= 0.5:
             return (
                 f"The skewness term is clipped in {_percent(clipped)} of the elements, "
                 f"where only its sign counts: {found}."
             )
-        if ratio > 1:
-            return f"The skewness term outweighs the momentum: {found}."
         if ratio < 1e-3:
             return f"The third moment hardly shifts the momentum: {found}."
         return f"The third moment shifts the momentum: {found}."
@@ -201,10 +206,11 @@ def third_moment_report(
     now and then, not at each step.
 
     A state does not know its hyperparameters, and with other ones these numbers would
-    be wrong. So all must be given, as to the optimizer; but those that a state of
-    `optax.inject_hyperparams` holds are taken from there, and must not be given. They
+    be wrong. So all must be given, as to the optimizer; but what is not given is taken
+    from a state of `optax.inject_hyperparams` that holds a number of that name. They
     hold for every AdaM3 in the state: where several differ, pass their states one by
-    one.
+    one. So too with a state that is stacked over members of an ensemble: pass one
+    member's.
 
     Args:
         state: An optimizer's state, with AdaM3's anywhere in it (in chains, masks,
@@ -226,8 +232,9 @@ def third_moment_report(
         off by one in ten million for each leaf.
 
     Raises:
-        ValueError: No AdaM3 state in `state`; a hyperparameter missing, given twice, or
-            out of range; a leaf of 2³² elements or more.
+        ValueError: No AdaM3 state in `state`, or a stacked one; a hyperparameter
+            missing or out of range; a leaf of 2³² elements or more; a moment of another
+            type.
         TypeError: A hyperparameter that is no number.
 
     Example:
@@ -263,6 +270,11 @@ def third_moment_report(
     indices: list[int] = []
     lams = []
     for path, adam3, injected in found:
+        if jnp.ndim(adam3.count):
+            raise ValueError(
+                f"the state's count has shape {jnp.shape(adam3.count)}: it is of "
+                "several optimizers; pass the state of one"
+            )
         taken = jnp.maximum(adam3.count, 1)
         h = _hyperparameters(given, injected, taken - 1)
         lams.append(jnp.abs(jnp.asarray(h.lam, jnp.float32)))
@@ -307,14 +319,8 @@ def _states(
 def _hyperparameters(
     given: Mapping[str, Any], injected: Mapping[str, Any], count: jax.Array
 ) -> _rule.Hyperparameters:
-    """Returns those of the step that made a state, each from the one place it is in."""
-    twice = [name for name in given if name in injected]
+    """Returns those of the step that made a state; what is given goes before."""
     missing = [name for name in _CHECKS if name not in given and name not in injected]
-    if twice:
-        raise ValueError(
-            f"{', '.join(twice)} must not be given, for the state of "
-            "optax.inject_hyperparams holds what was used"
-        )
     if missing:
         raise ValueError(
             f"{', '.join(missing)} must be given, as to the optimizer: its state does "
@@ -391,8 +397,10 @@ def _measure(
     v_hat = v * k.c2
     small = v_hat <= 2.0**24 * jnp.finfo(v.dtype).tiny
     r = 1.0 / jnp.sqrt(jnp.where(small, 1.0, v_hat))
-    power = r * jnp.sqrt(r) if third_moment == "stabilized" else r * r * r
-    skewness = jnp.where(small, 0.0, jnp.abs(s * k.c3) * power)
+    # One factor after the other, for r³ alone overflows.
+    skewness = jnp.abs(s * k.c3) * r
+    skewness *= jnp.sqrt(r) if third_moment == "stabilized" else r * r
+    skewness = jnp.where(small, 0.0, skewness)
     compared = skewness if third_moment == "standardized" else jnp.abs(s)
     # Not m̂ + b == m̂: the compiler may fuse the sum, and round it in another way.
     unit = jnp.nextafter(size, jnp.inf) - size

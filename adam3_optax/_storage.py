@@ -237,7 +237,14 @@ def resting(moment: str, setting: DTypeSetting) -> Float:
 def format_of(moment: str, field: Any) -> Float:
     """Returns the format in which a field of a state is."""
     formats = (resting(moment, setting) for setting in FORMATS)
-    return next(f for f in formats if f.fits(field))
+    found = next((f for f in formats if f.fits(field)), None)
+    if found is None:
+        types = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(field)})
+        raise ValueError(
+            f"the state's {moment} is of {', '.join(types)}; it rests in float32, "
+            "float64, bfloat16 or int8"
+        )
+    return found
 
 
 def computed_in(*arrays: Any) -> np.dtype[Any]:
