@@ -173,7 +173,9 @@ class Runner:
             )
         if "blow_up" in wanted:
             found["blow_up"] = checks.blow_up(**wanted["blow_up"])
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
         return found
 
     def phases(self) -> Iterator[tuple[str, list[Trial]]]:

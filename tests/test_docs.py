@@ -105,7 +105,10 @@ def test_factories_document_every_argument_and_run_an_example() -> None:
     [
         ("low_precision.md", "low_precision_table.py", "2026-11-23_low_precision", 14),
         ("speed.md", "speed_table.py", "2026-11-23_speed", 15),
-        ("evidence.md", "evidence_table.py", "2026-11-23_main", 11),
+        ("evidence.md", "evidence_table.py", "2026-11-23_main_2", 11),
+        ("evidence.md", "evidence_table.py", "2026-11-23_search", 9),
+        ("evidence.md", "evidence_table.py", "2026-11-23_confirm", 5),
+        ("evidence.md", "evidence_table.py", "2026-11-23_characters", 4),
     ],
 )
 def test_tables_are_those_of_the_record(

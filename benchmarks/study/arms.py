@@ -116,7 +116,10 @@ def _lion(x: Setting) -> optax.GradientTransformation:
 
 
 def _muon(x: Setting) -> optax.GradientTransformation:
-    """Returns Muon for matrices, in updates of root mean square .2, and Adam beside."""
+    """Returns Optax's Muon, in updates of root mean square .2.
+
+    All matrices take part, embedding and output, too; for the rest it is NAdam.
+    """
     muon = optax.contrib.muon(
         1.0, beta=x.h["beta"], adam_b2=x.h["b2"], consistent_rms=0.2
     )

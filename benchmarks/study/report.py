@@ -129,12 +129,14 @@ def _adjust(rows: list[Row], study: Study) -> None:
         for row, p in zip(compared, holm([x[name] for x in compared]), strict=True):
             row[f"holm_{name}"] = p
     for row in rows:
-        if row["arm"] == study.baseline:
-            row["verdict"] = "baseline"
-        elif row["h"] is None:
+        if row["h"] is None:
             row["verdict"] = "every setting diverged"
         elif row["diverged"]:
             row["verdict"] = f"{row['diverged']} of its runs diverged"
+        elif row["n"] < study.final["seeds"]:
+            row["verdict"] = f"incomplete: {row['n']} of {study.final['seeds']} seeds"
+        elif row["arm"] == study.baseline:
+            row["verdict"] = "baseline"
         elif "p" not in row:
             row["verdict"] = "not measured"
         else:
@@ -214,11 +216,15 @@ def write(study: Study, record: Record, corpus: str, folder: Path) -> str:
 HEAD = (
     "arm",
     "n",
+    "lam",
+    "diverged in tuning",
+    "training loss",
+    "error",
     "final loss",
     "minus baseline",
     "95% t interval",
     "bootstrap",
-    "detectable",
+    "detectable (in one test)",
     "p (Holm)",
     "verdict",
     "steps to baseline",
@@ -237,7 +243,8 @@ def sections(found: dict[str, Any]) -> list[str]:
         f"{found['tuning_trials']} settings an arm; validation loss at the last step "
         f"of the best one, on fresh seeds, paired with {found['baseline']}'s. p-values "
         f"are Holm's, over all rows; equivalent: within {found['margin']:.2%} of "
-        f"{found['baseline']}'s mean loss (two one-sided tests, Holm's too).",
+        f"{found['baseline']}'s mean loss (two one-sided tests, Holm's too). Ratio, "
+        "clipped and agreement are medians over a run; error is of held-out examples.",
     ]
     for task, rows in itertools.groupby(found["arms"], lambda row: row["task"]):
         parts += [f"## {task}", table(HEAD, [_cells(row) for row in rows])]
@@ -298,6 +305,10 @@ def _cells(row: Row) -> list[str]:
     return [
         row["arm"],
         str(row["n"]),
+        _number((row["h"] or {}).get("lam")),
+        str(row["tuning_diverged"]),
+        _number(row.get("training"), ".4f"),
+        _number(row.get("error"), ".2%"),
         _number(row.get("final"), ".4f"),
         _number(row.get("difference"), "+.4f"),
         "" if low is None else f"{low:+.4f} to {high:+.4f}",
