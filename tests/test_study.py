@@ -705,13 +705,17 @@ def test_identical_arms_are_called_so() -> None:
     study = plan.load(STUDIES / "tiny.toml")
     rows: list[dict[str, Any]] = [
         {"arm": "cubic", "h": {}, "diverged": 0, "ratio": 1e-9, "difference": 0.0,
-         "p": 1.0, "p_equivalence": 0.0},
+         "p": 1.0, "p_equivalence": 0.0, "n": 2},
+        {"arm": "adamw", "h": {}, "diverged": 0, "n": 2},
+        {"arm": "nadamw", "h": {}, "diverged": 0, "n": 1},
         {"arm": "lion", "h": {}, "diverged": 1, "ratio": None},
         {"arm": "muon", "h": None, "diverged": 0},
     ]  # fmt: skip
     report._adjust(rows, study)
     assert [row["verdict"] for row in rows] == [
         "equivalent (identical to AdamW)",
+        "baseline",
+        "incomplete: 1 of 2 seeds",
         "1 of its runs diverged",
         "every setting diverged",
     ]
