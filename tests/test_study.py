@@ -624,6 +624,14 @@ def wait_for_lines(process: Any, folder: Path, count: int) -> None:
         time.sleep(0.01)
 
 
+def test_one_study_a_folder(tmp_path: Path) -> None:
+    with part("record").lock(tmp_path):
+        second = run(tmp_path, "--study", "tiny")
+    assert (second.returncode, second.stdout) == (2, "")
+    assert f"another study is running in {tmp_path}" in second.stderr
+    assert [x.name for x in tmp_path.iterdir()] == ["trials.jsonl"]
+
+
 def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
     start = command(tmp_path, "--study", "tiny")
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
@@ -635,9 +643,6 @@ def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
         file.write('{"key": "torn')
     with subprocess.Popen(start, env=ENVIRONMENT, **quiet) as stopped:  # type: ignore[call-overload]
         wait_for_lines(stopped, tmp_path, len(before) + 3)
-        second = run(tmp_path, "--study", "tiny")
-        assert second.returncode == 2
-        assert f"another study is running in {tmp_path}" in second.stderr
         stopped.send_signal(signal.SIGINT)
         out, error = stopped.communicate(timeout=300)
     assert (stopped.returncode, error) == (130, "")
