@@ -9,11 +9,11 @@ al. (arXiv 2106.11514), which averages m² and has no third moment.
 from adam3_optax._conversion import convert_state as convert_state
 from adam3_optax._conversion import from_adam_state as from_adam_state
 from adam3_optax._conversion import to_adam_state as to_adam_state
-from adam3_optax._diagnostics import ThirdMomentReport as ThirdMomentReport
 from adam3_optax._diagnostics import third_moment_report as third_moment_report
 from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
 from adam3_optax._optimizers import adam3 as adam3
 from adam3_optax._optimizers import adam3w as adam3w
+from adam3_optax._report import ThirdMomentReport as ThirdMomentReport
 from adam3_optax._rule import ThirdMoment as ThirdMoment
 from adam3_optax._sharding import state_shardings as state_shardings
 from adam3_optax._transform import ScaleByAdam3State as ScaleByAdam3State

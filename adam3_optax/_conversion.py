@@ -1,19 +1,25 @@
 """From a running Adam to AdaM3 and back, and from one storage setting to another."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adam3_optax._rounding import random_bits, stream
-from adam3_optax._storage import DTypeSetting, Float, format_of, resting
+from adam3_optax import _hyperparameters as hp
+from adam3_optax import _storage
+from adam3_optax._rounding import leaf_keys, random_bits
+from adam3_optax._rule import Moments, ThirdMoment
+from adam3_optax._states import find
+from adam3_optax._storage import NAMES, DTypeSetting, Field, Format
 from adam3_optax._transform import ScaleByAdam3State
 
 
 def from_adam_state(
     state: optax.OptState,
     *,
+    third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
     s_dtype: DTypeSetting = None,
@@ -21,10 +27,11 @@ def from_adam_state(
     """Turns the state of a running Adam into one of AdaM3, to switch in mid-training.
 
     Every `optax.ScaleByAdamState` in `state` (in chains, masks, or multi-step states)
-    becomes a `ScaleByAdam3State` with m = mu, v = nu, the same count, and s = 0. All
-    else (counts of schedules, say) stays. So the state of `optax.adamw(schedule)`
-    becomes one for `adam3w(schedule)` with the same settings. Buffers are shared with
-    the old state where nothing had to change: donate only one of the two.
+    becomes a `ScaleByAdam3State` with m = mu, v = nu, the same count, and s = 0 (or no
+    s, with `third_moment=None`). All else stays, such as the counts of schedules. So
+    the state of `optax.adamw(schedule)` becomes one for `adam3w(schedule)` with the
+    same settings. Buffers that did not have to change are shared with the old state:
+    donate only one of the two.
 
     `optax.adamax` has the same type of state, but its nu is no second moment, and gives
     nonsense here.
@@ -35,9 +42,10 @@ def from_adam_state(
 
     Args:
         state: An optimizer state.
-        m_dtype: How m shall rest, as in `scale_by_adam3`.
-        v_dtype: How v shall rest.
-        s_dtype: How s shall rest.
+        third_moment: The form, as in `scale_by_adam3`.
+        m_dtype: How m is stored, as in `scale_by_adam3`.
+        v_dtype: How v is stored.
+        s_dtype: How s is stored.
 
     Returns:
         The state, with the Adam states replaced.
@@ -57,11 +65,11 @@ def from_adam_state(
         >>> int(state[0].count), state[0].s.dtype.name
         (1, 'bfloat16')
     """
-    formats = _formats(m_dtype, v_dtype, s_dtype)
+    formats = _storage.formats_for(hp.form(third_moment), m_dtype, v_dtype, s_dtype)
 
     def convert(adam: optax.ScaleByAdamState) -> ScaleByAdam3State:
-        s = jax.tree.map(jnp.zeros_like, adam.nu)
-        return _rest(formats, (adam.mu, adam.nu, s), adam.count)
+        without_s = ScaleByAdam3State(adam.mu, adam.nu, optax.EmptyState(), adam.count)
+        return _stored_as(formats, without_s)
 
     _check_not_injected(state, optax.ScaleByAdamState, "from_adam_state")
     return _replace(state, optax.ScaleByAdamState, convert)
@@ -73,7 +81,7 @@ def to_adam_state(
     """Turns a state of AdaM3 into one of Adam: the way back from `from_adam_state`.
 
     Args:
-        state: An optimizer state, with m, v and s resting in any way.
+        state: An optimizer state, with m, v and s stored in any way.
         mu_dtype: The type of mu, as in `optax.adam`; None keeps the type computed in.
 
     Returns:
@@ -86,7 +94,8 @@ def to_adam_state(
     """
 
     def convert(adam3: ScaleByAdam3State) -> optax.ScaleByAdamState:
-        mu, nu = _load("m", adam3.m), _load("v", adam3.v)
+        treedef, loaded = _load(adam3)
+        mu, nu = treedef.unflatten(loaded.m), treedef.unflatten(loaded.v)
         if mu_dtype is not None:
             mu = jax.tree.map(lambda x: x.astype(mu_dtype), mu)
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
@@ -98,85 +107,94 @@ def to_adam_state(
 def convert_state(
     state: optax.OptState,
     *,
+    third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
     s_dtype: DTypeSetting = None,
 ) -> optax.OptState:
-    """Turns a state of AdaM3 into one that rests in another way.
+    """Turns a state of AdaM3 into one for other settings.
+
+    From `third_moment=None` to a form, s starts at 0. From a form to None, s is
+    dropped. Between forms s stays as it is: it goes on from an average of something
+    else, and forgets that within a few times 1/(1-b3) steps.
 
     Args:
-        state: An optimizer state, with m, v and s resting in any way.
-        m_dtype: How m shall rest, as in `scale_by_adam3`.
-        v_dtype: How v shall rest.
-        s_dtype: How s shall rest.
+        state: An optimizer state, with m, v and s stored in any way.
+        third_moment: The new form, as in `scale_by_adam3`.
+        m_dtype: How m is stored from now on, as in `scale_by_adam3`.
+        v_dtype: How v is stored.
+        s_dtype: How s is stored.
 
     Returns:
         The state, with every `ScaleByAdam3State` converted.
 
     Raises:
         ValueError: No `ScaleByAdam3State` in `state`; an unknown setting.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from adam3_optax import adam3, convert_state
+        >>> params = jnp.ones(3)
+        >>> adam = adam3(third_moment=None).init(params)
+        >>> state = convert_state(adam, third_moment="standardized")
+        >>> updates, state = adam3(third_moment="standardized").update(params, state)
+        >>> adam[0].s, state[0].s.shape
+        (EmptyState(), (3,))
     """
-    formats = _formats(m_dtype, v_dtype, s_dtype)
-
-    def convert(adam3: ScaleByAdam3State) -> ScaleByAdam3State:
-        moments = tuple(_load(name, getattr(adam3, name)) for name in "mvs")
-        return _rest(formats, moments, adam3.count)
-
-    return _replace(state, ScaleByAdam3State, convert)
+    formats = _storage.formats_for(hp.form(third_moment), m_dtype, v_dtype, s_dtype)
+    return _replace(state, ScaleByAdam3State, lambda x: _stored_as(formats, x))
 
 
-def _formats(*settings: DTypeSetting) -> list[Float]:
-    return [resting(*x) for x in zip("mvs", settings, strict=True)]
+def _load(state: ScaleByAdam3State) -> tuple[Any, Moments[list[jax.Array]]]:
+    """Returns the structure of the parameters, and the leaves of the moments."""
+    formats = NAMES.map(_storage.format_of, state.moments)
+    treedef = jax.tree.structure(formats.m.trees(state.m)[0])
+
+    def load(f: Format, field: Field) -> list[jax.Array]:
+        return [f.load(x) for x in f.split(treedef, field)]
+
+    loaded = formats.map(load, state.moments)
+    if isinstance(formats.s, _storage.Absent):
+        loaded = loaded._replace(s=[jnp.zeros_like(v) for v in loaded.v])
+    return treedef, loaded
 
 
-def _load(moment: str, field: Any) -> Any:
-    """Returns a tree of the moment itself, however it rests."""
-    f = format_of(moment, field)
-    treedef = f.structure(field)
-    return treedef.unflatten(map(f.load, f.split(treedef, field)))
+def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAdam3State:
+    """Returns the state with its moments in other formats."""
+    treedef, loaded = _load(state)
+    keys = Moments.columns([leaf_keys(i) for i in range(treedef.num_leaves)])
 
-
-def _rest(formats: list[Float], moments: Any, count: jax.Array) -> ScaleByAdam3State:
-    """Returns a state in which moments rest in the given formats."""
-
-    def store(i: int, f: Float, tree: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(tree)
-        rests = f.split(treedef, f.zeros(tree))
-        pairs = enumerate(zip(leaves, rests, strict=True))
-        stored = [
-            f.store(x, rest, random_bits(count, stream(3 * index + i)))
-            for index, (x, rest) in pairs
+    def store(f: Format, leaves: list[jax.Array], keys: Any) -> Field:
+        olds = f.split(treedef, f.zeros(treedef.unflatten(leaves)))
+        rounded = [
+            f.store(x, old, random_bits(state.count, key))
+            for x, old, key in zip(leaves, olds, keys, strict=True)
         ]
-        return f.join(treedef, stored)
+        return f.join(treedef, rounded)
 
-    m, v, s = map(store, range(3), formats, moments)
-    return ScaleByAdam3State(m, v, s, count)
+    return ScaleByAdam3State(*formats.map(store, loaded, keys), count=state.count)
 
 
-def _replace(state: optax.OptState, kind: Any, convert: Any) -> optax.OptState:
+def _replace(
+    state: optax.OptState, kind: type, convert: Callable[[Any], Any]
+) -> optax.OptState:
     """Returns the state with every state of a kind converted."""
-    if not _holds(state, kind):
-        raise ValueError(f"there is no {kind.__name__} in the optimizer's state")
+    find(state, kind)  # or there is nothing to convert, which is an error
+
+    def is_node(x: object) -> bool:
+        return isinstance(x, kind)
+
     return jax.tree.map(
-        lambda x: convert(x) if isinstance(x, kind) else x,
-        state,
-        is_leaf=lambda x: isinstance(x, kind),
+        lambda x: convert(x) if is_node(x) else x, state, is_leaf=is_node
     )
 
 
-def _holds(state: optax.OptState, kind: Any) -> bool:
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    return any(isinstance(x, kind) for x in leaves)
-
-
-def _check_not_injected(state: optax.OptState, kind: Any, name: str) -> None:
-    """Raises where the other optimizer would go on with this one's hyperparameters."""
-    injected = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-    for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, injected)):
-        if isinstance(x, injected) and _holds(x.inner_state, kind):
-            raise ValueError(
-                "the state of optax.inject_hyperparams holds the hyperparameters of "
-                "the other optimizer, too. Make a new one, and convert what is inside: "
-                "new.init(params)._replace(count=state.count, "
-                f"inner_state={name}(state.inner_state))"
-            )
+def _check_not_injected(state: optax.OptState, kind: type, name: str) -> None:
+    """Raises if the other optimizer would go on with this one's hyperparameters."""
+    if any(found.hyperparams for found in find(state, kind)):
+        raise ValueError(
+            "the state of optax.inject_hyperparams holds the hyperparameters of "
+            "the other optimizer, too. Make a new one, and convert what is inside: "
+            "new.init(params)._replace(count=state.count, "
+            f"inner_state={name}(state.inner_state))"
+        )

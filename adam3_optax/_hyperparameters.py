@@ -1,21 +1,20 @@
 """What users pass as hyperparameters: numbers, arrays and schedules, checked."""
 
+import functools
 import math
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam3_optax._rule import THIRD_MOMENTS, Scalar, ThirdMoment
+from adam3_optax._rule import FORMS, Form, Scalar, ThirdMoment
 
 ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
-Check = Callable[[str, jax.typing.ArrayLike], Scalar]
 
 
 class BlowUpWarning(UserWarning):
@@ -28,80 +27,89 @@ class BlowUpWarning(UserWarning):
     """
 
 
-def decay(name: str, value: jax.typing.ArrayLike) -> Scalar:
-    """Returns a checked decay rate, in [0, 1)."""
-    b = _exact(name, value)
-    if isinstance(b, float) and not 0.0 <= b < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {b}")
-    return b
+class _Range(NamedTuple):
+    """The values that are allowed, in words and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+    exact: bool = False  # whether half precision would ruin it: 0.999 becomes 1
 
 
-def epsilon(name: str, value: jax.typing.ArrayLike) -> Scalar:
-    """Returns a checked eps or eps_root, in [0, inf)."""
-    eps = _exact(name, value)
-    if isinstance(eps, float) and not 0.0 <= eps < math.inf:
-        raise ValueError(f"{name} must be in [0, inf), got {eps}")
-    return eps
+_MAXIMUM = float(np.finfo(np.float32).max)
+_DECAY = _Range("in [0, 1)", lambda x: 0.0 <= x < 1.0, exact=True)
+_EPSILON = _Range("in [0, inf)", lambda x: 0.0 <= x < math.inf, exact=True)
+_FINITE = _Range("finite (in float32)", lambda x: abs(x) <= _MAXIMUM)
+_THRESHOLD = _Range("in (0, inf] (to end the term, take lam to 0)", lambda x: x > 0.0)
+_RANGES = {
+    **dict.fromkeys(["b1", "b2", "b3"], _DECAY),
+    **dict.fromkeys(["eps", "eps_root"], _EPSILON),
+    **dict.fromkeys(["lam", "learning_rate", "weight_decay"], _FINITE),
+    "tau": _THRESHOLD,
+}
 
 
-def finite(name: str, value: jax.typing.ArrayLike) -> Scalar:
-    """Returns a checked number, finite in float32."""
+def number(name: str, value: jax.typing.ArrayLike) -> Scalar:
+    """Returns a checked hyperparameter: a float, or a scalar that is traced.
+
+    A traced scalar has no value yet, so only its dtype and shape are checked.
+    """
+    allowed = _RANGES[name]
     x = _scalar(name, value)
-    if isinstance(x, float) and not abs(x) <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{name} must be finite (in float32), got {x}")
-    return x
-
-
-def threshold(name: str, value: jax.typing.ArrayLike) -> Scalar:
-    """Returns a checked tau, in (0, inf]: infinity means no clip."""
-    x = _scalar(name, value)
-    if isinstance(x, float) and not x > 0.0:
+    dtype = jnp.result_type(value)
+    if allowed.exact and dtype in (jnp.float16, jnp.bfloat16):
         raise ValueError(
-            f"{name} must be in (0, inf] (to end the term, take lam to 0), got {x}"
+            f"{name} must be a Python number or an array of float32 or wider, got "
+            f"{dtype}, in which its value is already lost. With "
+            "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
         )
+    if isinstance(x, float) and not allowed.holds(x):
+        raise ValueError(f"{name} must be {allowed.words}, got {x}")
     return x
 
 
-def scheduled(check: Check, name: str, value: ScalarOrSchedule) -> ScalarOrSchedule:
-    """Returns a schedule as it is, and all else checked."""
-    return value if callable(value) else check(name, value)
+def value_at(
+    name: str, value: ScalarOrSchedule
+) -> Callable[[jax.typing.ArrayLike], Scalar]:
+    """Returns a checked hyperparameter as a function of the count before the step.
+
+    A number or array is checked at once, a schedule at each step.
+    """
+    if callable(value):
+        return lambda count: number(name, value(count))
+    constant = number(name, value)
+    return lambda count: constant
 
 
-def at(check: Check, name: str, value: ScalarOrSchedule, count: jax.Array) -> Scalar:
-    """Returns what `scheduled` returned, at the count before the step."""
-    return check(name, value(count) if callable(value) else value)
-
-
-def form(third_moment: ThirdMoment) -> ThirdMoment:
-    """Returns a checked name of a form of the third moment."""
-    if not isinstance(third_moment, str) or third_moment not in THIRD_MOMENTS:
-        allowed = ", ".join(map(repr, THIRD_MOMENTS))
-        raise ValueError(f"third_moment must be one of {allowed}, got {third_moment!r}")
-    return third_moment
+def form(third_moment: ThirdMoment | None) -> Form | None:
+    """Returns the form of the third moment of a checked name; None if there is none."""
+    if third_moment is None:
+        return None
+    if not isinstance(third_moment, str) or third_moment not in FORMS:
+        allowed = ", ".join(map(repr, FORMS))
+        raise ValueError(
+            f"third_moment must be one of {allowed}, or None, got {third_moment!r}"
+        )
+    return FORMS[third_moment]
 
 
 def warn_of_blow_up(
-    b2: Scalar, b3: Scalar, lam: ScalarOrSchedule, third_moment: ThirdMoment
+    b2: Scalar, b3: Scalar, lam: ScalarOrSchedule, form: Form | None
 ) -> None:
-    """Warns, once for each pair of decays, where s outlives sqrt(v)."""
-    if third_moment == "standardized" or (isinstance(lam, float) and lam == 0):
+    """Warns, once for each pair of decays, if s outlives sqrt(v)."""
+    if form is None or form.bounded or not isinstance(b2, float):
         return
-    # The margin keeps b3 = sqrt(b2), rounded to float32 on its way here, silent.
-    known = isinstance(b2, float) and isinstance(b3, float)
-    if known and b3 * b3 > b2 * (1 + 1e-6):
-        # Once, for `optax.inject_hyperparams` rebuilds the optimizer at every trace. If
-        # the warning is an error, it has not been given.
-        with _lock:
-            if (b2, b3) not in _warned:
-                _warn(b2, b3)
-                _warned.add((b2, b3))
+    weight = None if callable(lam) else number("lam", lam)
+    if not isinstance(b3, float) or (isinstance(weight, float) and weight == 0.0):
+        return
+    # The margin: sqrt(b2), rounded to float32 on its way here, is not too large.
+    if b3 * b3 > b2 * (1 + 1e-6):
+        _warn(b2, b3)
 
 
-_lock = threading.Lock()
-_warned: set[tuple[Scalar, Scalar]] = set()
-
-
-def _warn(b2: Scalar, b3: Scalar) -> None:
+# Cached, so that it warns once: `optax.inject_hyperparams` builds the optimizer at
+# every trace. If warnings are errors, this raises, and nothing is cached.
+@functools.cache
+def _warn(b2: float, b3: float) -> None:
     warnings.warn(
         f"b3 = {b3:g} exceeds sqrt(b2) = {math.sqrt(b2):g}: the third moment outlives "
         "the second, and an isolated gradient can be followed by steps of hundreds of "
@@ -119,19 +127,6 @@ def _frames_inside() -> int:
     while frame and frame.f_globals["__name__"].split(".")[0] in (__package__, "optax"):
         inside, frame = inside + 1, frame.f_back
     return inside
-
-
-def _exact(name: str, value: jax.typing.ArrayLike) -> Scalar:
-    """Returns a scalar that half precision would ruin: .999 in bfloat16 is 1."""
-    x = _scalar(name, value)
-    dtype = jnp.result_type(value)
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-        raise ValueError(
-            f"{name} must be a Python number or an array of float32 or wider, got "
-            f"{dtype}, in which its value is already lost. With "
-            "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
-        )
-    return x
 
 
 def _scalar(name: str, value: jax.typing.ArrayLike) -> Scalar:

@@ -24,7 +24,7 @@ def adam3(
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
-    third_moment: ThirdMoment = "cubic",
+    third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
     s_dtype: DTypeSetting = None,
@@ -44,10 +44,10 @@ def adam3(
         tau: Its threshold, in (0, inf], or a schedule.
         eps: Added to the denominator; in [0, inf).
         eps_root: Added under the root of the denominator; in [0, inf).
-        third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
-        m_dtype: How m rests between steps: None, `"float32"`, `"bfloat16"`, `"int8"`.
-        v_dtype: How v rests.
-        s_dtype: How s rests.
+        third_moment: The form of the third moment, or None for Adam.
+        m_dtype: How m is stored: None, `"float32"`, `"bfloat16"` or `"int8"`.
+        v_dtype: How v is stored.
+        s_dtype: How s is stored.
 
     Returns:
         A `GradientTransformationExtraArgs`. Updates have the gradients' type, whatever
@@ -71,23 +71,21 @@ def adam3(
     Source:
         `docs/algorithm.md`, section 1.
     """
-    return _rounded_once(
-        optax.chain(
-            scale_by_adam3(
-                b1,
-                b2,
-                b3,
-                lam,
-                tau,
-                eps,
-                eps_root,
-                third_moment=third_moment,
-                m_dtype=m_dtype,
-                v_dtype=v_dtype,
-                s_dtype=s_dtype,
-            ),
-            _scale_by_rate(learning_rate),
-        )
+    return _in_float32(
+        scale_by_adam3(
+            b1,
+            b2,
+            b3,
+            lam,
+            tau,
+            eps,
+            eps_root,
+            third_moment=third_moment,
+            m_dtype=m_dtype,
+            v_dtype=v_dtype,
+            s_dtype=s_dtype,
+        ),
+        _scale_by_rate(learning_rate),
     )
 
 
@@ -103,7 +101,7 @@ def adam3w(
     weight_decay: hp.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    third_moment: ThirdMoment = "cubic",
+    third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
     s_dtype: DTypeSetting = None,
@@ -127,10 +125,10 @@ def adam3w(
             one, or a function that makes one from the parameters: True where to decay.
             None decays all. Through `optax.inject_hyperparams`, name it in
             `static_args`, for a function would be taken for a schedule there.
-        third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
-        m_dtype: How m rests between steps: None, `"float32"`, `"bfloat16"`, `"int8"`.
-        v_dtype: How v rests.
-        s_dtype: How s rests.
+        third_moment: The form of the third moment, or None for Adam.
+        m_dtype: How m is stored: None, `"float32"`, `"bfloat16"` or `"int8"`.
+        v_dtype: How v is stored.
+        s_dtype: How s is stored.
 
     Returns:
         A `GradientTransformationExtraArgs`, whose `update` needs the parameters. Types
@@ -162,24 +160,22 @@ def adam3w(
             "mask must be a tree of booleans, not one alone, or a function that makes "
             f"one, got {mask}. With optax.inject_hyperparams, pass static_args='mask'."
         )
-    return _rounded_once(
-        optax.chain(
-            scale_by_adam3(
-                b1,
-                b2,
-                b3,
-                lam,
-                tau,
-                eps,
-                eps_root,
-                third_moment=third_moment,
-                m_dtype=m_dtype,
-                v_dtype=v_dtype,
-                s_dtype=s_dtype,
-            ),
-            _add_decayed_weights(weight_decay, mask),
-            _scale_by_rate(learning_rate),
-        )
+    return _in_float32(
+        scale_by_adam3(
+            b1,
+            b2,
+            b3,
+            lam,
+            tau,
+            eps,
+            eps_root,
+            third_moment=third_moment,
+            m_dtype=m_dtype,
+            v_dtype=v_dtype,
+            s_dtype=s_dtype,
+        ),
+        _add_decayed_weights(weight_decay, mask),
+        _scale_by_rate(learning_rate),
     )
 
 
@@ -187,13 +183,9 @@ def _add_decayed_weights(
     weight_decay: hp.ScalarOrSchedule, mask: Any
 ) -> optax.GradientTransformation:
     """As Optax's, with the parameters in the updates' type: float32 or wider."""
-    rate = hp.scheduled(hp.finite, "weight_decay", weight_decay)
-    if callable(rate):
-        inner = optax.add_decayed_weights(
-            lambda count: hp.at(hp.finite, "weight_decay", rate, count), mask
-        )
-    else:
-        inner = optax.add_decayed_weights(rate, mask)
+    rate_at = hp.value_at("weight_decay", weight_decay)
+    rate = rate_at if callable(weight_decay) else rate_at(0)
+    inner = optax.add_decayed_weights(rate, mask)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None
@@ -213,23 +205,26 @@ def _add_decayed_weights(
 def _scale_by_rate(
     learning_rate: hp.ScalarOrSchedule,
 ) -> optax.GradientTransformation:
-    """Scales by -learning_rate, which takes the updates' type, not they its."""
-    rate = hp.scheduled(hp.finite, "learning_rate", learning_rate)
-    if callable(rate):
-        return optax.scale_by_learning_rate(
-            lambda count: hp.at(hp.finite, "learning_rate", rate, count)
-        )
+    """Scales by -learning_rate, cast to the updates' dtype: they are not promoted."""
+    rate_at = hp.value_at("learning_rate", learning_rate)
+    if callable(learning_rate):
+        return optax.scale_by_learning_rate(rate_at)
 
     def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        return jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates)
+        return jax.tree.map(lambda u: -jnp.asarray(rate_at(0), u.dtype) * u, updates)
 
     return optax.stateless(scale)
 
 
-def _rounded_once(
-    inner: optax.GradientTransformationExtraArgs,
+def _in_float32(
+    *parts: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs a chain in float32 or wider and casts its result to the gradients' type."""
+    """Chains parts in float32 or wider; casts the result to the gradients' dtype."""
+    chain = optax.chain(*parts)
+
+    def widen(g: Any) -> Any:
+        real = jnp.issubdtype(jnp.result_type(g), jnp.floating)
+        return jnp.asarray(g).astype(computed_in(g)) if real else g
 
     def update(
         updates: optax.Updates,
@@ -237,15 +232,9 @@ def _rounded_once(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        wide = jax.tree.map(_widen, updates)
-        wide, state = inner.update(wide, state, params, **extra_args)
+        wide = jax.tree.map(widen, updates)
+        wide, state = chain.update(wide, state, params, **extra_args)
         cast = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), wide, updates)
         return cast, state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _widen(g: Any) -> Any:
-    """Returns a gradient in float32 or wider; what is no real array, as it is."""
-    real = jnp.issubdtype(jnp.result_type(g), jnp.floating)
-    return jnp.asarray(g).astype(computed_in(g)) if real else g
+    return optax.GradientTransformationExtraArgs(chain.init, update)

@@ -1,26 +1,44 @@
 """The mathematics of AdaM3 on one array: no trees, no storage, no Optax.
 
-Letters are those of `docs/algorithm.md`. Every function takes arrays that already have
-the type computed in (float32 or float64) and returns the same type.
+Letters are those of `docs/algorithm.md`. Arrays come in the type computed in (float32
+or float64), and results have the same type.
 """
 
-from typing import Literal, NamedTuple, get_args
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 ThirdMoment = Literal["cubic", "stabilized", "standardized"]
-THIRD_MOMENTS: tuple[ThirdMoment, ...] = get_args(ThirdMoment)
-
 Scalar = float | jax.Array
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Moments(NamedTuple, Generic[T]):
+    """One thing for each moment: an array, a format, a name."""
+
+    m: T
+    v: T
+    s: T
+
+    def map(self, f: Callable[..., U], *others: "Moments[Any]") -> "Moments[U]":
+        """Returns f of each moment's things."""
+        return Moments(*map(f, self, *others))
+
+    @staticmethod
+    def columns(rows: "Sequence[Moments[U]]") -> "Moments[list[U]]":
+        """Returns a list for each moment, from moments of several leaves."""
+        return Moments(*([row[i] for row in rows] for i in range(3)))
 
 
 class Hyperparameters(NamedTuple):
-    """What the user chose: Python floats, or traced scalars."""
+    """What the user chose: Python floats, or traced scalars. b is (b1, b2, b3)."""
 
-    b1: Scalar
-    b2: Scalar
-    b3: Scalar
+    b: Moments[Scalar]
     lam: Scalar
     tau: Scalar
     eps: Scalar
@@ -28,21 +46,39 @@ class Hyperparameters(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The scalars of step t: a = 1 - b weighs the new, c = 1/(1 - bᵗ) corrects."""
+    """The scalars of step t, in the type computed in.
 
-    b1: Scalar
-    b2: Scalar
-    b3: Scalar
+    For each moment, a = 1 - b is the weight of the new, and c = 1/(1 - bᵗ) corrects the
+    bias. So k.b.m is b1, and k.a.m is 1 - b1.
+    """
+
+    b: Moments[Scalar]
+    a: Moments[Scalar]
+    c: Moments[jax.Array]
     lam: Scalar
     tau: Scalar
     eps: Scalar
     eps_root: Scalar
-    a1: Scalar
-    a2: Scalar
-    a3: Scalar
-    c1: jax.Array
-    c2: jax.Array
-    c3: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form of the third moment: all that tells it from the others.
+
+    Attributes:
+        deviation: Returns d, from the gradient and m_t.
+        power: Returns what s averages, from d.
+        term: Returns b_t, from v_t and s_t.
+        skewness_power: Skewness without a scale is ŝ/σ^p, σ = sqrt(v̂). This is p.
+        bounded: Whether tau bounds that skewness, so that b_t is at most |lam|·tau·σ.
+            If not, tau bounds s.
+    """
+
+    deviation: Callable[[jax.Array, jax.Array, Coefficients], jax.Array]
+    power: Callable[[jax.Array, Coefficients], jax.Array]
+    term: Callable[[jax.Array, jax.Array, Coefficients], jax.Array]
+    skewness_power: float
+    bounded: bool
 
 
 def coefficients(
@@ -53,90 +89,121 @@ def coefficients(
     def cast(x: Scalar) -> Scalar:
         return x if isinstance(x, float) else x.astype(dtype)
 
-    # 1 - b is taken before rounding, for Python numbers in double precision. At
-    # b = .99999, 1 - float32(b) is off by 1e-3.
-    a1, a2, a3 = (cast(1.0 - b) for b in (h.b1, h.b2, h.b3))
-    # The reciprocal is taken here, for XLA takes it for some shapes, not for others.
-    c1, c2, c3 = (1.0 / _one_minus_power(a, t.astype(dtype)) for a in (a1, a2, a3))
-    chosen = Hyperparameters(*map(cast, h))
-    return Coefficients(*chosen, a1=a1, a2=a2, a3=a3, c1=c1, c2=c2, c3=c3)
+    # For Python numbers 1 - b is computed in double precision, before it is rounded.
+    # At b = 0.99999, 1 - float32(b) is wrong by 1e-3.
+    a = h.b.map(lambda b: cast(1.0 - b))
+    # The reciprocal is computed here. If the rule divided, XLA would replace the
+    # division by a reciprocal for some shapes only, and results would depend on them.
+    c = a.map(lambda a: 1.0 / _one_minus_power(a, t.astype(dtype)))
+    return Coefficients(h.b.map(cast), a, c, *map(cast, h[1:]))
 
 
 def update_m(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
     """Returns m_t from the gradient and m of step t - 1."""
-    return k.a1 * g + k.b1 * m
+    return k.a.m * g + k.b.m * m
 
 
 def update_v(g: jax.Array, v: jax.Array, k: Coefficients) -> jax.Array:
     """Returns v_t from the gradient and v of step t - 1."""
-    # The minimum is that of g² clipped to `limit`. Clipping g itself would make the
-    # compiler fuse the sum in another order, and v differ from optax.adam's by an ulp.
+    # This is the average of g², with g² clipped to `limit`. Clipping g itself would
+    # make XLA fuse the sum in another order, and v would differ from optax.adam's in
+    # the last bit.
     limit = float(jnp.finfo(g.dtype).max) / 4
-    return jnp.minimum(k.a2 * g**2 + k.b2 * v, k.a2 * limit + k.b2 * v)
+    return jnp.minimum(k.a.v * g**2 + k.b.v * v, k.a.v * limit + k.b.v * v)
 
 
 def update_s(
-    g: jax.Array, m: jax.Array, s: jax.Array, k: Coefficients, third_moment: ThirdMoment
+    g: jax.Array, m: jax.Array, s: jax.Array, k: Coefficients, form: Form
 ) -> jax.Array:
     """Returns s_t from the gradient, m_t, and s of step t - 1."""
-    # About the updated m_t, uncorrected; corrected in the standardized form, so that
-    # d_1 = 0 and the first steps do not pollute s.
-    d = g - (m * k.c1 if third_moment == "standardized" else m)
-    return k.a3 * _third_power(d, k.eps, third_moment) + k.b3 * s
-
-
-def skewness_term(
-    v: jax.Array, s: jax.Array, k: Coefficients, third_moment: ThirdMoment
-) -> jax.Array:
-    """Returns b_t, which is added to the bias-corrected momentum."""
-    if third_moment != "standardized":
-        return k.lam * jnp.clip(s, -k.tau, k.tau)
-    # 0, as is its derivative, where v̂ is 0 or so small that d³ has long underflowed.
-    # The inner `where` keeps NaN out of the derivative; so do three factors 1/σ, for
-    # the derivative of one division would square σ³.
-    v_hat = v * k.c2
-    seen = v_hat > 2.0**24 * jnp.finfo(v.dtype).tiny
-    sigma = jnp.sqrt(jnp.where(seen, v_hat, 1.0))
-    r = 1.0 / sigma
-    skewness = s * k.c3 * r * r * r
-    return k.lam * jnp.where(seen, sigma * jnp.clip(skewness, -k.tau, k.tau), 0.0)
+    return k.a.s * form.power(form.deviation(g, m, k), k) + k.b.s * s
 
 
 def direction(
-    m: jax.Array,
-    v: jax.Array,
-    s: jax.Array,
-    k: Coefficients,
-    third_moment: ThirdMoment,
+    m: jax.Array, v: jax.Array, b: jax.Array | float, k: Coefficients
 ) -> jax.Array:
     """Returns u_t = (m̂ + b_t) / (sqrt(v̂ + eps_root) + eps)."""
-    b = skewness_term(v, s, k, third_moment)
-    return (m * k.c1 + b) / (jnp.sqrt(v * k.c2 + k.eps_root) + k.eps)
+    return (m * k.c.m + b) / (jnp.sqrt(v * k.c.v + k.eps_root) + k.eps)
+
+
+def standard_deviation(v: jax.Array, k: Coefficients) -> tuple[jax.Array, jax.Array]:
+    """Returns σ = sqrt(v̂), and whether v̂ is large enough for a skewness.
+
+    Below 2²⁴ times the smallest normal number, d³ has long become 0. There the skewness
+    is 0 by definition, and σ is returned as 1, so that no division gives NaN.
+    """
+    v_hat = v * k.c.v
+    seen = v_hat > 2.0**24 * jnp.finfo(v.dtype).tiny
+    # This inner `where` keeps NaN out of the derivative.
+    return jnp.sqrt(jnp.where(seen, v_hat, 1.0)), seen
+
+
+def skewness(
+    sigma: jax.Array, s: jax.Array, k: Coefficients, power: float = 3.0
+) -> jax.Array:
+    """Returns ŝ/σ^p, for p = 3 or 3/2."""
+    # Several factors 1/σ instead of one division: σ³ overflows before the result does,
+    # and the derivative of the division would square it.
+    r = 1.0 / sigma
+    x = s * k.c.s * r
+    return x * r * r if power == 3.0 else x * jnp.sqrt(r)
+
+
+def _about_m(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns d = g - m_t: about the updated m, without bias correction."""
+    return g - m
+
+
+def _about_m_hat(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns d = g - m̂. As d_1 = 0, the first steps do not pollute s."""
+    return g - m * k.c.m
+
+
+def _cube(d: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns d³."""
+    return _within(d, 1 / 3) ** 3
+
+
+def _signed_three_halves(d: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns sign(d)·(|d| + eps)^(3/2)."""
+    # a·sqrt(a), because a general power is several times slower. The `where` defines
+    # the derivative at d = 0 as 0, also with eps = 0.
+    a = jnp.where(d == 0, 1.0, jnp.abs(_within(d, 2 / 3)) + k.eps)
+    return jnp.sign(d) * (a * jnp.sqrt(a))
+
+
+def _clipped(v: jax.Array, s: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns b_t = lam·clip(s, -tau, tau)."""
+    return k.lam * jnp.clip(s, -k.tau, k.tau)
+
+
+def _standardized(v: jax.Array, s: jax.Array, k: Coefficients) -> jax.Array:
+    """Returns b_t = lam·σ·clip(ŝ/σ³, -tau, tau), and 0 where v̂ is 0."""
+    sigma, seen = standard_deviation(v, k)
+    clipped = jnp.clip(skewness(sigma, s, k), -k.tau, k.tau)
+    return k.lam * jnp.where(seen, sigma * clipped, 0.0)
+
+
+FORMS: dict[ThirdMoment, Form] = {
+    "cubic": Form(_about_m, _cube, _clipped, 3.0, bounded=False),
+    "stabilized": Form(_about_m, _signed_three_halves, _clipped, 1.5, bounded=False),
+    "standardized": Form(_about_m_hat, _cube, _standardized, 3.0, bounded=True),
+}
 
 
 def _one_minus_power(a: Scalar, t: jax.Array) -> jax.Array:
     """Returns 1 - bᵗ for a = 1 - b, with the digits that the subtraction would lose."""
-    # b = 0 has no logarithm; t = 1 apart gives its derivative, too.
+    # b = 0 has no logarithm. Step 1 is a case of its own for its derivative's sake.
     log_b = jnp.log1p(-jnp.where(a < 1.0, a, 0.0))
     later = jnp.where(a < 1.0, -jnp.expm1(t * log_b), 1.0)
     return jnp.where(t == 1.0, a, later)
 
 
-def _third_power(d: jax.Array, eps: Scalar, third_moment: ThirdMoment) -> jax.Array:
-    """Returns what s averages: d³, or sign(d)·(|d| + eps)^(3/2)."""
-    if third_moment != "stabilized":
-        return _within(d, 1 / 3) ** 3
-    # a·sqrt(a), for a general power is several times slower. The `where` defines the
-    # derivative at d = 0 as 0, also with eps = 0.
-    a = jnp.where(d == 0, 1.0, jnp.abs(_within(d, 2 / 3)) + eps)
-    return jnp.sign(d) * (a * jnp.sqrt(a))
-
-
 def _within(x: jax.Array, root: float) -> jax.Array:
-    """Clips to half of max^root, so that x^(1/root) and its averages stay finite.
+    """Clips x to half of max^root, so that x^(1/root) and its averages stay finite.
 
-    Half, because max^(1/3) rounded to float32 already cubes to infinity, and because
-    the rounded weights b and 1 - b may add up to more than 1.
+    Half, for two reasons. max^(1/3), rounded to float32, cubes to infinity. And the
+    rounded weights b and 1 - b may add up to more than 1.
     """
     bound = float(jnp.finfo(x.dtype).max) ** root / 2
     return jnp.clip(x, -bound, bound)

@@ -8,15 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from adam3_optax import _hyperparameters as hp
-from adam3_optax import _rounding, _rule
-from adam3_optax._rule import ThirdMoment
-from adam3_optax._storage import (
-    DTypeSetting,
-    Float,
-    as_it_rests,
-    computed_in,
-    resting,
-)
+from adam3_optax import _rounding, _rule, _storage
+from adam3_optax._rule import Coefficients, Form, Moments, ThirdMoment
+from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
 
 
 class ScaleByAdam3State(NamedTuple):
@@ -26,7 +20,7 @@ class ScaleByAdam3State(NamedTuple):
         m: First moment: a tree like the parameters, of float32 (float64 for float64
             parameters), of bfloat16, or an `Int8` of two such trees.
         v: Second moment, likewise.
-        s: Third moment, likewise.
+        s: Third moment, likewise; `optax.EmptyState()` if there is none.
         count: Steps taken: int32, of shape (). Stays at its maximum.
     """
 
@@ -34,6 +28,11 @@ class ScaleByAdam3State(NamedTuple):
     v: optax.Updates
     s: optax.Updates
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+
+    @property
+    def moments(self) -> Moments[Field]:
+        """m, v and s."""
+        return Moments(self.m, self.v, self.s)
 
 
 def scale_by_adam3(
@@ -45,7 +44,7 @@ def scale_by_adam3(
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
-    third_moment: ThirdMoment = "cubic",
+    third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
     s_dtype: DTypeSetting = None,
@@ -131,44 +130,17 @@ def scale_by_adam3(
         `docs/algorithm.md`, sections 1 to 3. Where the source document contradicts
         itself, section 1 says what was chosen.
     """
-    b1, b2, b3 = hp.decay("b1", b1), hp.decay("b2", b2), hp.decay("b3", b3)
-    eps, eps_root = hp.epsilon("eps", eps), hp.epsilon("eps_root", eps_root)
-    lam = hp.scheduled(hp.finite, "lam", lam)
-    tau = hp.scheduled(hp.threshold, "tau", tau)
-    third_moment = hp.form(third_moment)
-    hp.warn_of_blow_up(b2, b3, lam, third_moment)
-    settings = zip("mvs", (m_dtype, v_dtype, s_dtype), strict=True)
-    formats = [resting(moment, setting) for moment, setting in settings]
+    b = Moments("b1", "b2", "b3").map(hp.number, Moments(b1, b2, b3))
+    eps, eps_root = hp.number("eps", eps), hp.number("eps_root", eps_root)
+    lam_at, tau_at = hp.value_at("lam", lam), hp.value_at("tau", tau)
+    form = hp.form(third_moment)
+    hp.warn_of_blow_up(b.v, b.s, lam, form)
+    formats = _storage.formats_for(form, m_dtype, v_dtype, s_dtype)
 
     def init(params: optax.Params) -> ScaleByAdam3State:
         jax.tree.map_with_path(_check_parameter, params)
-        m, v, s = (f.zeros(params) for f in formats)
-        return ScaleByAdam3State(m, v, s, jnp.zeros((), jnp.int32))
-
-    # Jitted here, it is traced once a shape instead of once a leaf, and an update that
-    # is not jitted costs one call a leaf.
-    @jax.jit
-    def step_leaf(
-        g: jax.Array, rests: Any, k: _rule.Coefficients, count: jax.Array, streams: Any
-    ) -> tuple[Any, ...]:
-        loaded = (f.load(rest) for f, rest in zip(formats, rests, strict=True))
-        g_t, m_t, v_t, s_t = (x.astype(k.c1.dtype) for x in (g, *loaded))
-
-        def keep(moment: int, x: jax.Array) -> tuple[Any, jax.Array]:
-            bits = _rounding.random_bits(count, streams[moment])
-            rest = formats[moment].store(x, rests[moment], bits)
-            return rest, as_it_rests(x, formats[moment].load(rest).astype(x.dtype))
-
-        # From here on each moment is read as it rests. With what was rounded off, the
-        # compiler would compute it anew for each of its readers, from copies of the
-        # old moments.
-        m, m_t = keep(0, _rule.update_m(g_t, m_t, k))
-        m, g_t = formats[0].in_turn(m, g_t)
-        v, v_t = keep(1, _rule.update_v(g_t, v_t, k))
-        v, g_t = formats[1].in_turn(v, g_t)
-        s, s_t = keep(2, _rule.update_s(g_t, m_t, s_t, k, third_moment))
-        u_t = _rule.direction(m_t, v_t, s_t, k, third_moment)
-        return u_t.astype(g.dtype), m, v, s
+        fields = formats.map(lambda f: f.zeros(params))
+        return ScaleByAdam3State(*fields, count=jnp.zeros((), jnp.int32))
 
     def update(
         updates: optax.Updates,
@@ -178,43 +150,81 @@ def scale_by_adam3(
     ) -> tuple[optax.Updates, ScaleByAdam3State]:
         del params, extra_args
         count = optax.safe_increment(state.count)
-        lam_t = hp.at(hp.finite, "lam", lam, state.count)
-        tau_t = hp.at(hp.threshold, "tau", tau, state.count)
-        h = _rule.Hyperparameters(b1, b2, b3, lam_t, tau_t, eps, eps_root)
+        lam_t, tau_t = lam_at(state.count), tau_at(state.count)
+        h = _rule.Hyperparameters(b, lam_t, tau_t, eps, eps_root)
 
-        # Once a step and type, not once a leaf: compile time would be spent on it.
-        @functools.cache
-        def coefficients(dtype: Any) -> _rule.Coefficients:
-            return _rule.coefficients(h, count, dtype)
+        # Once a step and dtype, not once a leaf: this would dominate compile time.
+        coefficients = functools.cache(functools.partial(_rule.coefficients, h, count))
 
-        def step(index: int, path: Any, g: Any, *rests: Any) -> tuple[Any, ...]:
+        def step(
+            index: int, path: tuple[Any, ...], g: Any, stored: Moments[Stored]
+        ) -> tuple[Any, Moments[Stored]]:
             if g is None:
-                return None, *rests
+                return None, stored
             g = jnp.asarray(g)
-            _check_gradient(path, g, formats, rests)
-            k = coefficients(computed_in(*jax.tree.leaves((g, rests))))
-            streams = [_rounding.stream(3 * index + i) for i in range(3)]
-            return step_leaf(g, rests, k, count, streams)
+            _check_gradient(path, g, stored)
+            k = coefficients(_storage.computed_in(*jax.tree.leaves((g, stored))))
+            keys = _rounding.leaf_keys(index)
+            return _step_leaf(formats, form, g, stored, k, count, keys)
 
-        treedef: Any
+        treedef: Any  # JAX says Unknown
         leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=is_none)
-        fields = zip(formats, "mvs", state[:3], strict=True)
-        rests = [_split(f, treedef, name, field) for f, name, field in fields]
-        stepped = [
-            step(index, path, g, *mvs)
-            for index, ((path, g), *mvs) in enumerate(zip(leaves, *rests, strict=True))
-        ]
-        u, *rests = ([x[i] for x in stepped] for i in range(4))
-        m, v, s = (
-            f.join(treedef, rest) for f, rest in zip(formats, rests, strict=True)
-        )
-        return treedef.unflatten(u), ScaleByAdam3State(m, v, s, count)
+        split = functools.partial(_split, treedef)
+        rows = map(Moments, *formats.map(split, NAMES, state.moments))
+        pairs = enumerate(zip(leaves, rows, strict=True))
+        stepped = [step(index, *leaf, stored) for index, (leaf, stored) in pairs]
+        columns = Moments.columns([new for _, new in stepped])
+        fields = formats.map(lambda f, leaves: f.join(treedef, leaves), columns)
+        u = treedef.unflatten([u for u, _ in stepped])
+        return u, ScaleByAdam3State(*fields, count=count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_parameter(path: Any, param: Any) -> None:
-    """Raises where a parameter is complex."""
+# Jitted, and with everything but arrays as static arguments. So it is traced once for
+# each shape, not for each leaf. An update that is not itself jitted costs one call a
+# leaf, and an optimizer that is built again compiles nothing.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step_leaf(
+    formats: Moments[Format],
+    form: Form | None,
+    g: jax.Array,
+    stored: Moments[Stored],
+    k: Coefficients,
+    count: jax.Array,
+    keys: Moments[_rounding.Key],
+) -> tuple[jax.Array, Moments[Stored]]:
+    """Returns the update of one leaf, and its moments after the step, as stored."""
+    dtype = k.c.m.dtype
+    m_t, v_t, s_t = formats.map(lambda f, x: f.load(x).astype(dtype), stored)
+    bits = keys.map(functools.partial(_rounding.random_bits, count))
+
+    def keep(f: Format, x: jax.Array, old: Any, bits: Any) -> tuple[Any, jax.Array]:
+        """Returns a moment as stored, and as loaded from there.
+
+        Use the stored moment from here on. If the exact one were used too, XLA would
+        recompute it for each use and keep the old moment alive.
+        """
+        new = f.store(x, old, bits)
+        return new, _storage.straight_through(x, f.load(new).astype(dtype))
+
+    g_t = g.astype(dtype)
+    m, m_t = keep(formats.m, _rule.update_m(g_t, m_t, k), stored.m, bits.m)
+    g_t = formats.m.after(m, g_t)
+    v, v_t = keep(formats.v, _rule.update_v(g_t, v_t, k), stored.v, bits.v)
+    g_t = formats.v.after(v, g_t)
+    s = stored.s
+    b_t: jax.Array | float = 0.0
+    if form is not None:
+        x = _rule.update_s(g_t, m_t, s_t, k, form)
+        s, s_t = keep(formats.s, x, stored.s, bits.s)
+        b_t = form.term(v_t, s_t, k)
+    u_t = _rule.direction(m_t, v_t, b_t, k)
+    return u_t.astype(g.dtype), Moments(m, v, s)
+
+
+def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None:
+    """Raises if a parameter is complex."""
     dtype = jnp.result_type(param)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
@@ -223,17 +233,17 @@ def _check_parameter(path: Any, param: Any) -> None:
         )
 
 
-def is_none(x: Any) -> bool:
+def is_none(x: object) -> bool:
     """Returns whether x is None: a gradient of None leaves its parameter alone."""
     return x is None
 
 
-def _split(f: Float, treedef: Any, name: str, field: Any) -> Any:
-    """Returns the leaves of a moment at rest, in the order of the gradients'."""
+def _split(treedef: Any, f: Format, name: str, field: Field) -> list[Any]:
+    """Returns the stored leaves of a moment, in the order of the gradients'."""
     if not f.fits(field):
         raise ValueError(
-            f"the state's {name} does not rest as {name}_dtype says; was it made with "
-            "another setting? adam3_optax.convert_state converts it."
+            f"the state's {name} is not stored as {name}_dtype and third_moment say; "
+            "was it made with other settings? adam3_optax.convert_state converts it."
         )
     try:
         return f.split(treedef, field)
@@ -244,19 +254,20 @@ def _split(f: Float, treedef: Any, name: str, field: Any) -> Any:
         ) from error
 
 
-def _check_gradient(path: Any, g: jax.Array, formats: Any, rests: Any) -> None:
-    """Raises where a gradient is of no real type, or does not fit the moments."""
+def _check_gradient(
+    path: tuple[Any, ...], g: jax.Array, stored: Moments[Stored]
+) -> None:
+    """Raises if a gradient is of no real dtype, or does not fit the moments."""
     where = f"updates{jax.tree_util.keystr(path)}"
-    if any(x is None for x in jax.tree.leaves(rests, is_leaf=is_none)):
+    if any(x is None for x in jax.tree.leaves(stored, is_leaf=is_none)):
         raise ValueError(
             f"{where} is an array, but the state has None there; was it made by init "
             "from other parameters?"
         )
     if not jnp.issubdtype(g.dtype, jnp.floating):
         raise ValueError(f"{where} must be of a real floating type, got {g.dtype}")
-    for f, rest in zip(formats, rests, strict=True):
-        if f.shape(rest) != g.shape:
+    for name, leaf in zip(NAMES, stored, strict=True):
+        if leaf and leaf[0].shape != g.shape:
             raise ValueError(
-                f"{where} has shape {g.shape}, but the state's {f.moment} "
-                f"{f.shape(rest)}"
+                f"{where} has shape {g.shape}, but the state's {name} {leaf[0].shape}"
             )

@@ -1,0 +1,163 @@
+"""What `third_moment_report` returns: statistics, and words for them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from adam3_optax._rule import FORMS, ThirdMoment
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Of one leaf, or of all, over the elements that have had a gradient.
+
+    Scalars of shape () and type float32; NaN where no element has had a gradient.
+
+    Attributes:
+        skewness: Median of |ŝ|/v̂^(3/2); of |ŝ|/v̂^(3/4) in the stabilized form.
+        skewness_tail: Its .999 quantile.
+        ratio: Median of |b_t|/|m̂|, the skewness term against the momentum.
+        ratio_tail: Its .999 quantile; inf where m̂ is 0 and b_t is not.
+        clipped: Share of elements whose term is clipped at tau.
+        without_effect: Share of elements whose term is at most half a unit in the last
+            place of m̂, so that m̂ + b_t rounds to m̂, or to its neighbour at most.
+        elements: How many elements have had a gradient.
+        state_bytes: Bytes in which m, v and s are stored: a Python int.
+    """
+
+    skewness: jax.Array
+    skewness_tail: jax.Array
+    ratio: jax.Array
+    ratio_tail: jax.Array
+    clipped: jax.Array
+    without_effect: jax.Array
+    elements: jax.Array
+    state_bytes: Any = dataclasses.field(metadata={"static": True})
+
+    def _at(self, row: int) -> "Statistics":
+        # The last axis has the rows. `jax.vmap` puts another axis before it.
+        one = jax.tree.map(lambda x: x[..., row], self)
+        return dataclasses.replace(one, state_bytes=self.state_bytes[row])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ThirdMomentReport:
+    """What `third_moment_report` found: a pytree, so that it leaves jit.
+
+    Attributes:
+        rows: Statistics with arrays in place of scalars: of all elements together, then
+            of each leaf. `overall` and `leaves` take them apart.
+        names: The path of each leaf in the parameters; where the state holds several
+            states of AdaM3, after the path of its own.
+        lam: The largest |lam| of these states at the step: 0 is Adam.
+        third_moment: The form.
+    """
+
+    rows: Statistics
+    lam: jax.Array
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    third_moment: ThirdMoment = dataclasses.field(metadata={"static": True})
+
+    @property
+    def overall(self) -> Statistics:
+        """The statistics of all elements together."""
+        return self.rows._at(0)
+
+    @property
+    def leaves(self) -> dict[str, Statistics]:
+        """The statistics of each leaf, by its name."""
+        return {name: self.rows._at(i) for i, name in enumerate(self.names, start=1)}
+
+    def scalars(
+        self, prefix: str = "third_moment/", *, leaves: bool = False
+    ) -> dict[str, float]:
+        """Returns the statistics as a flat dict of floats, for any logger.
+
+        Args:
+            prefix: Stands before each name, as in `third_moment/ratio`.
+            leaves: Whether to add those of each leaf, as `third_moment/ratio['w']`.
+
+        Returns:
+            Eight floats, and eight more for each leaf.
+        """
+        report = jax.device_get(self)
+        named = {"": report.overall, **(report.leaves if leaves else {})}
+        return {
+            f"{prefix}{name}{leaf}": float(value)
+            for leaf, statistics in named.items()
+            for name, value in dataclasses.asdict(statistics).items()
+        }
+
+    def table(self) -> str:
+        """Returns a table as text: a line for each leaf, and one for all."""
+        report = jax.device_get(self)
+        headings = ("leaf", "elements", "skewness", "(tail)", "|b|/|m|", "(tail)")
+        rows = [[*headings, "clipped", "no effect", "bytes"]]
+        for name, x in [*report.leaves.items(), ("all", report.overall)]:
+            sizes = (x.skewness, x.skewness_tail, x.ratio, x.ratio_tail)
+            shown = [f"{float(size):.1e}" for size in sizes]
+            shares = [_percent(share) for share in (x.clipped, x.without_effect)]
+            counts = f"{int(x.elements):,}", f"{x.state_bytes:,}"
+            rows.append([name, counts[0], *shown, *shares, counts[1]])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        adjusted = [
+            [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+            for row in rows
+        ]
+        return "\n".join(map("  ".join, adjusted))
+
+    def verdict(self) -> str:
+        """Returns one sentence: whether the third moment does anything here.
+
+        It says the first of these that holds: no element has had a gradient; NaN in
+        0.1% of elements or more; lam = 0; no effect on half of the elements or more; a
+        median ratio |b_t|/|m̂| above 1; half or more clipped; a median ratio below
+        0.001; none of these.
+        """
+        x = self.overall
+        ratio, tail = float(x.ratio), float(x.ratio_tail)
+        silent, clipped = float(x.without_effect), float(x.clipped)
+        found = f"median ratio {ratio:.0e}"
+        if not float(x.elements):
+            return "No element has had a gradient yet: there is nothing to say."
+        if math.isnan(tail):
+            return "The state holds NaN: there is nothing to say of the third moment."
+        if not float(self.lam):
+            return (
+                "The third moment changes nothing, for lam is 0: this step is Adam's."
+            )
+        if silent >= 0.5:
+            where = "" if silent == 1 else f" in {_percent(silent)} of the elements"
+            remedy = (
+                "a larger lam or tau, or more skewed gradients, would change that"
+                if FORMS[self.third_moment].bounded
+                else "rescale the loss, or use third_moment='standardized'"
+            )
+            return (
+                f"With these gradients the third moment changes nothing{where}: "
+                f"{found}, .999 quantile {tail:.0e}; {remedy}."
+            )
+        if ratio > 1:
+            return f"The skewness term outweighs the momentum: {found}."
+        if clipped >= 0.5:
+            return (
+                f"The skewness term is clipped in {_percent(clipped)} of the elements, "
+                f"where only its sign counts: {found}."
+            )
+        if ratio < 1e-3:
+            return f"The third moment hardly shifts the momentum: {found}."
+        return f"The third moment shifts the momentum: {found}."
+
+
+def _percent(share: Any) -> str:
+    """Returns a share in per cent; 0% and 100% are said of none and of all alone."""
+    x = float(share)
+    if math.isnan(x):
+        return "nan"
+    if x in (0, 1):
+        return f"{x:.0%}"
+    return "<0.1%" if x < 0.001 else ">99.9%" if x > 0.999 else f"{x:.1%}"
