@@ -71,8 +71,7 @@ def from_adam_state(
         without_s = ScaleByAdam3State(adam.mu, adam.nu, optax.EmptyState(), adam.count)
         return _stored_as(formats, without_s)
 
-    _check_not_injected(state, optax.ScaleByAdamState, "from_adam_state")
-    return _replace(state, optax.ScaleByAdamState, convert)
+    return _replace(state, optax.ScaleByAdamState, convert, "from_adam_state")
 
 
 def to_adam_state(
@@ -100,8 +99,7 @@ def to_adam_state(
             mu = jax.tree.map(lambda x: x.astype(mu_dtype), mu)
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
 
-    _check_not_injected(state, ScaleByAdam3State, "to_adam_state")
-    return _replace(state, ScaleByAdam3State, convert)
+    return _replace(state, ScaleByAdam3State, convert, "to_adam_state")
 
 
 def convert_state(
@@ -176,10 +174,24 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
 
 
 def _replace(
-    state: optax.OptState, kind: type, convert: Callable[[Any], Any]
+    state: optax.OptState,
+    kind: type,
+    convert: Callable[[Any], Any],
+    other_optimizer: str = "",
 ) -> optax.OptState:
-    """Returns the state with every state of a kind converted."""
-    find(state, kind)  # or there is nothing to convert, which is an error
+    """Returns the state with every state of a kind converted.
+
+    `other_optimizer` names the function that converts to the state of another one. That
+    one would go on with this one's hyperparameters if they were injected.
+    """
+    injected = [hyperparams for _, _, hyperparams in find(state, kind)]
+    if any(injected) and other_optimizer:
+        raise ValueError(
+            "the state of optax.inject_hyperparams holds the hyperparameters of "
+            "the other optimizer, too. Make a new one, and convert what is inside: "
+            "new.init(params)._replace(count=state.count, "
+            f"inner_state={other_optimizer}(state.inner_state))"
+        )
 
     def is_node(x: object) -> bool:
         return isinstance(x, kind)
@@ -187,14 +199,3 @@ def _replace(
     return jax.tree.map(
         lambda x: convert(x) if is_node(x) else x, state, is_leaf=is_node
     )
-
-
-def _check_not_injected(state: optax.OptState, kind: type, name: str) -> None:
-    """Raises if the other optimizer would go on with this one's hyperparameters."""
-    if any(found.hyperparams for found in find(state, kind)):
-        raise ValueError(
-            "the state of optax.inject_hyperparams holds the hyperparameters of "
-            "the other optimizer, too. Make a new one, and convert what is inside: "
-            "new.init(params)._replace(count=state.count, "
-            f"inner_state={name}(state.inner_state))"
-        )

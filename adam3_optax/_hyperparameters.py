@@ -48,21 +48,37 @@ _RANGES = {
 }
 
 
-def number(name: str, value: jax.typing.ArrayLike) -> Scalar:
+def number(name: str, value: Any) -> Scalar:
     """Returns a checked hyperparameter: a float, or a scalar that is traced.
 
     A traced scalar has no value yet, so only its dtype and shape are checked.
     """
+    wanted = f"{name} must be a real number or a scalar array, got"
+    if callable(value):
+        raise TypeError(
+            f"{wanted} {value!r}. For a schedule of it, use optax.inject_hyperparams."
+        )
+    numeric = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    dtype = getattr(value, "dtype", np.dtype(type(value)))
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    if not numeric or not (floating or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{wanted} {value!r}")
+    if np.shape(value) != ():
+        raise ValueError(f"{wanted} an array of shape {np.shape(value)}")
     allowed = _RANGES[name]
-    x = _scalar(name, value)
-    dtype = jnp.result_type(value)
-    if allowed.exact and dtype in (jnp.float16, jnp.bfloat16):
+    if allowed.exact and floating and jnp.finfo(dtype).bits < 32:
         raise ValueError(
             f"{name} must be a Python number or an array of float32 or wider, got "
             f"{dtype}, in which its value is already lost. With "
             "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
         )
-    if isinstance(x, float) and not allowed.holds(x):
+    if isinstance(value, jax.core.Tracer):
+        return value if floating else value.astype(float)
+    try:
+        x = float(value)
+    except OverflowError:  # a Python int with hundreds of digits
+        x = math.inf if value > 0 else -math.inf
+    if not allowed.holds(x):
         raise ValueError(f"{name} must be {allowed.words}, got {x}")
     return x
 
@@ -82,14 +98,10 @@ def value_at(
 
 def form(third_moment: ThirdMoment | None) -> Form | None:
     """Returns the form of the third moment of a checked name; None if there is none."""
-    if third_moment is None:
-        return None
-    if not isinstance(third_moment, str) or third_moment not in FORMS:
-        allowed = ", ".join(map(repr, FORMS))
-        raise ValueError(
-            f"third_moment must be one of {allowed}, or None, got {third_moment!r}"
-        )
-    return FORMS[third_moment]
+    if not isinstance(third_moment, str | None) or third_moment not in (*FORMS, None):
+        allowed = ", ".join(map(repr, (*FORMS, None)))
+        raise ValueError(f"third_moment must be one of {allowed}, got {third_moment!r}")
+    return FORMS[third_moment] if third_moment else None
 
 
 def warn_of_blow_up(
@@ -127,27 +139,3 @@ def _frames_inside() -> int:
     while frame and frame.f_globals["__name__"].split(".")[0] in (__package__, "optax"):
         inside, frame = inside + 1, frame.f_back
     return inside
-
-
-def _scalar(name: str, value: jax.typing.ArrayLike) -> Scalar:
-    """Returns a Python float, or the traced scalar where there is no value yet."""
-    wanted = f"{name} must be a real number or a scalar array, got"
-    if callable(value):
-        raise TypeError(
-            f"{wanted} {value!r}. For a schedule of it, use optax.inject_hyperparams."
-        )
-    if isinstance(value, bool) or not isinstance(
-        value, int | float | np.generic | np.ndarray | jax.Array
-    ):
-        raise TypeError(f"{wanted} {value!r}")
-    dtype = value.dtype if hasattr(value, "dtype") else np.dtype(type(value))
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{wanted} {value!r}, of type {dtype}")
-    if np.shape(value) != ():
-        raise ValueError(f"{wanted} an array of shape {np.shape(value)}")
-    if isinstance(value, jax.core.Tracer):
-        return value if jnp.issubdtype(dtype, jnp.floating) else value.astype(float)
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf

@@ -50,11 +50,11 @@ def adam3(
         s_dtype: How s is stored.
 
     Returns:
-        A `GradientTransformationExtraArgs`. Updates have the gradients' type, whatever
-        the learning rate's: all is computed in float32 or wider, and rounded once.
-        What no optimizer can cure: added to a bfloat16 parameter, an update below 1/512
-        of it is lost, and below 1/256 it may be. Keep float32 master parameters, and
-        cast them in the forward pass.
+        A `GradientTransformationExtraArgs`. Updates have the gradients' dtype, whatever
+        the learning rate's is: all is computed in float32 or wider, and rounded once.
+        When an update is added to a bfloat16 parameter, one below 1/512 of it is lost,
+        and one below 1/256 may be. Keep float32 parameters, and cast them in the
+        forward pass.
 
     Example:
         On the first step every element moves by the learning rate, nearly as with
@@ -121,19 +121,19 @@ def adam3w(
         eps: Added to the denominator; in [0, inf).
         eps_root: Added under the root of the denominator; in [0, inf).
         weight_decay: Any finite number, a scalar array, or a schedule.
-        mask: A tree of booleans like the parameters, or a prefix of it with more than
-            one, or a function that makes one from the parameters: True where to decay.
-            None decays all. Through `optax.inject_hyperparams`, name it in
-            `static_args`, for a function would be taken for a schedule there.
+        mask: Where to decay: a tree of booleans like the parameters, or a prefix of it
+            with more than one boolean, or a function that makes such a tree from the
+            parameters. None decays all. With `optax.inject_hyperparams`, name it in
+            `static_args`: a function would be taken for a schedule there.
         third_moment: The form of the third moment, or None for Adam.
         m_dtype: How m is stored: None, `"float32"`, `"bfloat16"` or `"int8"`.
         v_dtype: How v is stored.
         s_dtype: How s is stored.
 
     Returns:
-        A `GradientTransformationExtraArgs`, whose `update` needs the parameters. Types
-        and the caution on bfloat16 parameters are as in `adam3`; the decay, too, is
-        computed in float32 and rounded with the rest.
+        A `GradientTransformationExtraArgs`, whose `update` needs the parameters. Dtypes
+        and the caution on bfloat16 parameters are as in `adam3`. The decay is computed
+        in float32 too, and rounded together with the rest of the update.
 
     Raises:
         ValueError: As `scale_by_adam3`; at update, no parameters.
@@ -154,7 +154,7 @@ def adam3w(
     Source:
         `docs/algorithm.md`, section 1; Loshchilov and Hutter, arXiv 1711.05101.
     """
-    # A function of the parameters, mistaken for a schedule, arrives as its result.
+    # If a mask function was taken for a schedule, its result arrives here.
     if isinstance(mask, bool | int | float | np.generic | np.ndarray | jax.Array):
         raise TypeError(
             "mask must be a tree of booleans, not one alone, or a function that makes "
@@ -182,7 +182,7 @@ def adam3w(
 def _add_decayed_weights(
     weight_decay: hp.ScalarOrSchedule, mask: Any
 ) -> optax.GradientTransformation:
-    """As Optax's, with the parameters in the updates' type: float32 or wider."""
+    """Adds decay as Optax does, with the parameters cast to the updates' dtype."""
     rate_at = hp.value_at("weight_decay", weight_decay)
     rate = rate_at if callable(weight_decay) else rate_at(0)
     inner = optax.add_decayed_weights(rate, mask)

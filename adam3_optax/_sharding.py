@@ -54,7 +54,7 @@ def state_shardings(
         `docs/distributed.md`.
     """
     shapes = jax.eval_shape(lambda x: x, params)
-    # Without shardings of their own: all that is asked of `init` is shapes.
+    # Without shardings of their own, because `init` is asked for shapes only.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
     try:
         shardings = jax.tree.map(

@@ -1,7 +1,7 @@
 """Where states of AdaM3, or of Adam, are inside an optimizer's state."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -9,34 +9,25 @@ import optax
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
-class Found(NamedTuple):
-    """A state that was found, its path, and the hyperparameters injected around it."""
+def find(state: optax.OptState, kind: type) -> list[tuple[str, Any, Mapping[str, Any]]]:
+    """Returns every state of a kind inside a state: in chains, masks and so on.
 
-    path: str
-    state: Any
-    hyperparams: Mapping[str, Any]
-
-
-def find(state: optax.OptState, kind: type) -> list[Found]:
-    """Returns every state of a kind: in chains, masks, multi-step states and so on."""
-    found = list(_walk(Found("", state, {}), kind))
+    Each comes with its path and the hyperparameters that are injected around it.
+    """
+    found = list(_walk("", state, {}, kind))
     if not found:
         raise ValueError(f"there is no {kind.__name__} in the optimizer's state")
     return found
 
 
-def _walk(outer: Found, kind: type) -> Any:
-    """Yields the states of a kind inside another one."""
-
+def _walk(path: str, state: Any, known: Mapping[str, Any], kind: type) -> Any:
     def is_node(x: object) -> bool:
         return isinstance(x, (kind, *_INJECTED))
 
-    for keys, node in jax.tree.leaves_with_path(outer.state, is_leaf=is_node):
-        path = outer.path + jax.tree_util.keystr(keys)
+    for keys, node in jax.tree.leaves_with_path(state, is_leaf=is_node):
+        where = path + jax.tree_util.keystr(keys)
         if isinstance(node, kind):
-            yield Found(path, node, outer.hyperparams)
+            yield where, node, known
         elif isinstance(node, _INJECTED):
-            known = {**outer.hyperparams, **node.hyperparams}
-            yield from _walk(
-                Found(f"{path}.inner_state", node.inner_state, known), kind
-            )
+            inner = {**known, **node.hyperparams}
+            yield from _walk(f"{where}.inner_state", node.inner_state, inner, kind)

@@ -81,11 +81,9 @@ class Format(abc.ABC):
     def fits(self, field: Field) -> bool:
         """Returns whether a field is of this format."""
         # The type tells, not the leaves: a field may have none.
-        structs = tuple(f.struct for f in FORMATS if f.struct)
-        mine = (self.struct,) if self.struct else ()
-        if isinstance(field, structs) != isinstance(field, mine):
-            return False
-        return all(jnp.result_type(x) in self.dtypes for x in jax.tree.leaves(field))
+        struct = type(field) if type(field) in [f.struct for f in FORMATS] else None
+        dtypes = {jnp.result_type(x) for x in jax.tree.leaves(field)}
+        return struct is self.struct and dtypes <= set(map(jnp.dtype, self.dtypes))
 
     def trees(self, field: Field) -> Sequence[Any]:
         """Returns the trees that a field is made of, each like the parameters."""
@@ -167,8 +165,8 @@ class Int8Rows(Format):
     def fits(self, field: Field) -> bool:
         # The codes of v are of another dtype than those of m and s.
         other = jnp.int8 if self.moment == "v" else jnp.uint8
-        leaves = jax.tree.leaves(field)
-        return super().fits(field) and all(jnp.result_type(x) != other for x in leaves)
+        dtypes = [jnp.result_type(x) for x in jax.tree.leaves(field)]
+        return super().fits(field) and other not in dtypes
 
     def zeros(self, params: optax.Params) -> Field:
         def codes(param: jax.Array) -> jax.Array:
@@ -267,8 +265,8 @@ def format_for(moment: str, setting: DTypeSetting) -> Format:
         known = repr(setting)
     if known not in SETTINGS:
         allowed = ", ".join(map(repr, SETTINGS))
-        # float16 is not among them, because (g - m)³ underflows in it at |g| = 1e-3.
-        raise ValueError(f"{name} must be one of {allowed}, got {known!r}")
+        why = " (in which (g - m)³ underflows at |g| = 1e-3)" * (known == "float16")
+        raise ValueError(f"{name} must be one of {allowed}, got {known!r}{why}")
     return SETTINGS[known](moment)
 
 

@@ -59,15 +59,19 @@ def scale_by_adam3(
         b_t = lam·clip(s_t, -tau, tau)
         u_t = (m_t/(1-b1ᵗ) + b_t) / (sqrt(v_t/(1-b2ᵗ) + eps_root) + eps)
 
-    That is `"cubic"`. `"stabilized"` averages sign(d)·(|d| + eps)^(3/2), d = g - m_t,
-    in place of d³. `"standardized"` is free of scale: with d = g - m_t/(1-b1ᵗ),
-    ŝ = s_t/(1-b3ᵗ) and v̂ = v_t/(1-b2ᵗ), it averages d³ and has
-    b_t = lam·sqrt(v̂)·clip(ŝ/v̂^(3/2), -tau, tau), which is 0 where v̂ = 0 and moves u_t
-    by at most |lam|·tau.
+    That is the form `"cubic"`. There are two others, and None:
 
-    In the first two forms b_t carries units of g³ or g^(3/2), so rescaling the loss
-    changes the method; where |g| is below about 1e-3 the cubic form is Adam to rounding
-    in most elements. With them keep b3 <= sqrt(b2): `BlowUpWarning` says why.
+    - `"stabilized"`: s averages sign(d)·(|d| + eps)^(3/2), d = g - m_t, in place of d³.
+    - `"standardized"`: the skewness has no unit. With d = g - m_t/(1-b1ᵗ),
+      ŝ = s_t/(1-b3ᵗ) and v̂ = v_t/(1-b2ᵗ), s averages d³, and
+      b_t = lam·sqrt(v̂)·clip(ŝ/v̂^(3/2), -tau, tau). This is 0 where v̂ = 0, and moves u_t
+      by at most |lam|·tau.
+    - None: b_t = 0, and there is no s. This is Adam, with what this package does better
+      than `optax.adam`. `b3`, `lam` and `tau` have no effect.
+
+    In the first two forms b_t has units of g³ or g^(3/2), so rescaling the loss changes
+    the method. Where |g| is below about 1e-3, the cubic form is Adam to rounding in
+    most elements. With both keep b3 <= sqrt(b2): `BlowUpWarning` says why.
 
     This is not the AdaM³ of Wang et al. (arXiv 2106.11514), which has no third moment.
     There is no `nesterov`: the rule defines no look-ahead for its skewness term.
@@ -77,41 +81,44 @@ def scale_by_adam3(
         b2: Decay of the second moment, in [0, 1).
         b3: Decay of the third moment, in [0, 1).
         lam: Weight λ of the skewness term: any finite number; 0 makes it Adam. The
-            source recommends .001 to .1. A number, a scalar array or a schedule.
-        tau: Threshold τ, in (0, inf]; inf means no clip. In units of s (g³ or g^(3/2)),
-            or of skewness in the standardized form. A number, array or schedule.
+            source recommends 0.001 to 0.1. A number, a scalar array or a schedule.
+        tau: Threshold τ, in (0, inf]; inf means no clip. It has the units of s (g³ or
+            g^(3/2)); in the standardized form it has none. A number, a scalar array or
+            a schedule.
         eps: Added to the denominator and, in the stabilized form, to |d|; in [0, inf).
             In units of g. With 0, an element that has had no gradient yet becomes NaN.
         eps_root: Added under the root of the denominator alone; in [0, inf). In units
             of g². Above 0, derivatives can be taken through steps at zero gradient.
-        third_moment: `"cubic"`, `"stabilized"` or `"standardized"`.
-        m_dtype: How m rests between steps: None (float32, or float64 for float64
+        third_moment: The form, as above, or None.
+        m_dtype: How m is stored between steps: None (float32, or float64 for float64
             parameters), `"float32"`, `"bfloat16"` or `"int8"`, or the dtype of that
-            name (which `optax.inject_hyperparams` would take for a schedule; strings
-            pass). Arithmetic stays in float32, and the update is that of the moments as
-            they rest. See `docs/low_precision.md`.
-        v_dtype: How v rests.
-        s_dtype: How s rests.
+            name. With `optax.inject_hyperparams` use a string, for it takes a dtype for
+            a schedule. Not float16, in which (g - m)³ is 0 from |g| = 1e-3 down.
+            Arithmetic stays in float32, and the update is made from the moments as they
+            are stored. See `docs/low_precision.md`.
+        v_dtype: How v is stored.
+        s_dtype: How s is stored. Must be None with `third_moment=None`.
 
     Returns:
         A `GradientTransformationExtraArgs` with a `ScaleByAdam3State`. Arithmetic is in
-        float32 (float64 for float64) whatever the gradients' type; updates leave in the
-        gradients' type and shapes; the state keeps its own types. A None in the
-        gradients leaves its state as it is. Finite gradients keep the state finite.
+        float32 (float64 for float64) for gradients of every dtype. Updates have the
+        gradients' dtypes and shapes, and the state keeps its dtypes. If a gradient is
+        None, its part of the state stays as it is. Finite gradients keep the state
+        finite.
 
     Raises:
         ValueError: A hyperparameter out of range, or an array of one narrower than
-            float32; an unknown way to rest; at init, complex parameters (and integer
-            ones with int8); at update, gradients whose structure, shapes or types do
-            not fit, or a state that rests in another way.
-        TypeError: A hyperparameter that is no number, or a way to rest that is one.
+            float32; an unknown storage setting; at init, complex parameters (and
+            integer ones with int8); at update, gradients whose structure, shapes or
+            dtypes do not fit, or a state made with other settings.
+        TypeError: A hyperparameter that is no number, or a storage setting that is one.
 
     Warns:
         BlowUpWarning: In the first two forms, once, if b3 > sqrt(b2).
 
     Example:
-        The first step is the sign of the gradient, as Adam's; a rare large gradient
-        then leaves its mark in s.
+        The first step is the sign of the gradient, as Adam's. Later, a rare large
+        gradient leaves its mark in s.
 
         >>> import jax.numpy as jnp
         >>> from adam3_optax import scale_by_adam3
@@ -242,8 +249,8 @@ def _split(treedef: Any, f: Format, name: str, field: Field) -> list[Any]:
     """Returns the stored leaves of a moment, in the order of the gradients'."""
     if not f.fits(field):
         raise ValueError(
-            f"the state's {name} is not stored as {name}_dtype and third_moment say; "
-            "was it made with other settings? adam3_optax.convert_state converts it."
+            f"the state's {name} is not stored as {name}_dtype says; was it made with "
+            "other settings, or third_moment=None? adam3_optax.convert_state converts it."
         )
     try:
         return f.split(treedef, field)
@@ -259,15 +266,12 @@ def _check_gradient(
 ) -> None:
     """Raises if a gradient is of no real dtype, or does not fit the moments."""
     where = f"updates{jax.tree_util.keystr(path)}"
-    if any(x is None for x in jax.tree.leaves(stored, is_leaf=is_none)):
-        raise ValueError(
-            f"{where} is an array, but the state has None there; was it made by init "
-            "from other parameters?"
-        )
     if not jnp.issubdtype(g.dtype, jnp.floating):
         raise ValueError(f"{where} must be of a real floating type, got {g.dtype}")
     for name, leaf in zip(NAMES, stored, strict=True):
-        if leaf and leaf[0].shape != g.shape:
+        shape = getattr(leaf[0], "shape", None) if leaf else g.shape
+        if shape != g.shape:
             raise ValueError(
-                f"{where} has shape {g.shape}, but the state's {name} {leaf[0].shape}"
+                f"{where} has shape {g.shape}, but the state's {name} has {shape} "
+                "there; was it made by init from other parameters?"
             )

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adam3_optax import state_shardings
-from adam3_optax._rule import THIRD_MOMENTS
+from adam3_optax._rule import FORMS as THIRD_MOMENTS
 from tests.test_sharding import (
     BATCHES,
     BOTH,

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import adam3_optax
 from adam3_optax import adam3, adam3w, scale_by_adam3
-from adam3_optax._rule import THIRD_MOMENTS
+from adam3_optax._rule import FORMS as THIRD_MOMENTS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adams-memory": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},

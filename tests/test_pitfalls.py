@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adam3_optax import BlowUpWarning, adam3, adam3w, scale_by_adam3
-from adam3_optax._rule import THIRD_MOMENTS
+from adam3_optax._rule import FORMS as THIRD_MOMENTS
 from tests import reference
 
 Make = Callable[..., optax.GradientTransformationExtraArgs]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adam3_optax import ScaleByAdam3State, scale_by_adam3
-from adam3_optax._rule import THIRD_MOMENTS, Hyperparameters, coefficients
+from adam3_optax._rule import FORMS as THIRD_MOMENTS, Hyperparameters, coefficients
 from tests import reference
 from tests.reference import Setting
 

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from adam3_optax import ScaleByAdam3State, adam3w, scale_by_adam3, state_shardings
-from adam3_optax._rule import THIRD_MOMENTS
+from adam3_optax._rule import FORMS as THIRD_MOMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {
