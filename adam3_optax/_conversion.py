@@ -162,7 +162,9 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
     treedef, loaded = _load(state)
     keys = Moments.columns([leaf_keys(i) for i in range(treedef.num_leaves)])
 
-    def store(f: Format, leaves: list[jax.Array], keys: Any) -> Field:
+    def store(f: Format, field: Field, leaves: list[jax.Array], keys: Any) -> Field:
+        if f.fits(field):
+            return field
         olds = f.split(treedef, f.zeros(treedef.unflatten(leaves)))
         rounded = [
             f.store(x, old, random_bits(state.count, key))
@@ -170,7 +172,8 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
         ]
         return f.join(treedef, rounded)
 
-    return ScaleByAdam3State(*formats.map(store, loaded, keys), count=state.count)
+    fields = formats.map(store, state.moments, loaded, keys)
+    return ScaleByAdam3State(*fields, count=state.count)
 
 
 def _replace(

@@ -250,7 +250,7 @@ def _split(treedef: Any, f: Format, name: str, field: Field) -> list[Any]:
     if not f.fits(field):
         raise ValueError(
             f"the state's {name} is not stored as {name}_dtype says; was it made with "
-            "other settings, or third_moment=None? adam3_optax.convert_state converts it."
+            "other settings, or third_moment=None? Use adam3_optax.convert_state."
         )
     try:
         return f.split(treedef, field)

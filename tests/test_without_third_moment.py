@@ -36,7 +36,7 @@ from tests.settings import (
 )
 
 WITHOUT = partial(scale_by_adam3, third_moment=None)
-WITHOUT_S = {
+WITHOUT_S: dict[str, Any] = {
     "default": {},
     "float32": {"m_dtype": "float32", "v_dtype": "float32"},
     "bfloat16": {"m_dtype": "bfloat16", "v_dtype": "bfloat16"},
@@ -47,7 +47,9 @@ EACH_WITHOUT_S = pytest.mark.parametrize("storage", WITHOUT_S.values(), ids=WITH
 
 
 @pytest.mark.parametrize("b2", [0.95, 0.999])
-def test_m_and_v_are_those_of_optax_bit_for_bit(b2: float) -> None:
+def test_m_and_v_are_those_of_optax_bit_for_bit(
+    b2: float, standard_promotion: None
+) -> None:
     rng = np.random.default_rng(0)
     gradients = [{"w": jnp.float32(rng.standard_t(2, (7, 33)))} for _ in range(20)]
     params = {"w": jnp.ones((7, 33))}
@@ -88,9 +90,9 @@ def test_bytes_of_state(storage: Any, expected: float) -> None:
 
 
 def test_bytes_of_int8_state_of_gpt2_small() -> None:
-    shapes = {"wte": (50257, 768), "wpe": (1024, 768), "ln_f": (2, 768)}
+    shapes: dict[str, Any] = {"wte": (50257, 768), "wpe": (1024, 768), "ln_f": (2, 768)}
     for i in range(12):
-        layer = {"qkv": (768, 2304), "out": (768, 768), "up": (768, 3072)}
+        layer: Any = {"qkv": (768, 2304), "out": (768, 768), "up": (768, 3072)}
         layer |= {"down": (3072, 768), "b_qkv": (2304,), "b_out": (768,)}
         layer |= {"b_up": (3072,), "b_down": (768,), "ln": (4 * 768,)}
         shapes |= {f"{i}.{name}": shape for name, shape in layer.items()}
@@ -118,7 +120,7 @@ def test_b3_lam_and_tau_are_ignored_without_a_warning() -> None:
     assert_same(train(odd), train(WITHOUT(b2=0.95)))
 
 
-def test_to_and_from_adam_without_loss() -> None:
+def test_to_and_from_adam_without_loss(standard_promotion: None) -> None:
     params, adam = train(optax.adamw(0.1))
     ours = from_adam_state(adam, third_moment=None)
     assert_same(to_adam_state(ours), adam)
@@ -149,7 +151,8 @@ def test_other_settings_than_the_states_are_named() -> None:
 def test_a_report_says_that_there_is_nothing_to_report() -> None:
     state = WITHOUT().init(PARAMS)
     known: Any = {"b1": 0.9, "b2": 0.999, "b3": 0.999, "lam": 0.01, "tau": 1.0}
-    for form in (None, "cubic"):
+    forms: list[Any] = [None, "cubic"]
+    for form in forms:
         with pytest.raises(ValueError, match="no third moment to report"):
             third_moment_report(state, **known, third_moment=form)
 
