@@ -9,6 +9,7 @@ import optax
 
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _storage
+from adam3_optax._boxes import is_box, opened, refilled
 from adam3_optax._rounding import leaf_keys, random_bits
 from adam3_optax._rule import Moments, ThirdMoment
 from adam3_optax._states import find
@@ -143,17 +144,18 @@ def convert_state(
     return _replace(state, ScaleByAdam3State, lambda x: _stored_as(formats, x))
 
 
-def _load(state: ScaleByAdam3State) -> tuple[Any, Moments[list[jax.Array]]]:
-    """Returns the structure of the parameters, and the leaves of the moments."""
+def _load(state: ScaleByAdam3State) -> tuple[Any, Moments[list[Any]]]:
+    """Returns the structure of the parameters, and the moments' leaves in its boxes."""
     formats = NAMES.map(_storage.format_of, state.moments)
-    treedef = jax.tree.structure(formats.m.trees(state.m)[0])
+    items, treedef = jax.tree.flatten(formats.m.trees(state.m)[0], is_leaf=is_box)
 
-    def load(f: Format, field: Field) -> list[jax.Array]:
-        return [f.load(x) for x in f.split(treedef, field)]
+    def load(f: Format, field: Field) -> list[Any]:
+        loaded = [f.load(opened(x)) for x in f.split(treedef, field)]
+        return list(map(refilled, items, loaded))
 
     loaded = formats.map(load, state.moments)
     if isinstance(formats.s, _storage.Absent):
-        loaded = loaded._replace(s=[jnp.zeros_like(v) for v in loaded.v])
+        loaded = loaded._replace(s=jax.tree.map(jnp.zeros_like, loaded.v))
     return treedef, loaded
 
 
@@ -162,14 +164,15 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
     treedef, loaded = _load(state)
     keys = Moments.columns([leaf_keys(i) for i in range(treedef.num_leaves)])
 
-    def store(f: Format, field: Field, leaves: list[jax.Array], keys: Any) -> Field:
+    def store(f: Format, field: Field, leaves: list[Any], keys: Any) -> Field:
         if f.fits(field):
             return field
         olds = f.split(treedef, f.zeros(treedef.unflatten(leaves)))
         rounded = [
-            f.store(x, old, random_bits(state.count, key))
+            f.store(opened(x), opened(old), random_bits(state.count, key))
             for x, old, key in zip(leaves, olds, keys, strict=True)
         ]
+        rounded = list(map(refilled, olds, rounded))
         return f.join(treedef, rounded)
 
     fields = formats.map(store, state.moments, loaded, keys)

@@ -12,6 +12,7 @@ from jax import lax
 
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _rule
+from adam3_optax._boxes import is_box, opened
 from adam3_optax._report import Statistics, ThirdMomentReport
 from adam3_optax._rule import FORMS, Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._states import find
@@ -153,10 +154,11 @@ def _leaves(
     formats: Moments[Format], state: ScaleByAdam3State
 ) -> list[tuple[str, Moments[Stored]]]:
     """Returns the path of each leaf, and its stored m, v and s."""
-    treedef: Any = jax.tree.structure(formats.m.trees(state.m)[0])
+    treedef: Any = jax.tree.structure(formats.m.trees(state.m)[0], is_leaf=is_box)
     numbered = treedef.unflatten(range(treedef.num_leaves))
     paths = [jax.tree_util.keystr(x) for x, _ in jax.tree.leaves_with_path(numbered)]
-    columns = formats.map(lambda f, field: f.split(treedef, field), state.moments)
+    fields = opened(state.moments)
+    columns = formats.map(lambda f, field: f.split(treedef, field), fields)
     leaves = list(zip(paths, map(Moments, *columns), strict=True))
     for name, stored in leaves:
         if math.prod(stored.m[0].shape) >= 2**32:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from adam3_optax import _rounding
+from adam3_optax import _boxes, _rounding
 from adam3_optax._rounding import RandomBits
 from adam3_optax._rule import Form, Moments
 
@@ -90,7 +90,7 @@ class Format(abc.ABC):
         return field if self.struct else (field,)
 
     def split(self, treedef: Any, field: Field) -> list[Stored]:
-        """Returns the stored leaves, in the order of the gradients'."""
+        """Returns the stored leaves, in the order of the gradients', still in boxes."""
         columns = [treedef.flatten_up_to(tree) for tree in self.trees(field)]
         return [tuple(x[i] for x in columns) for i in range(treedef.num_leaves)]
 
@@ -170,22 +170,25 @@ class Int8Rows(Format):
 
     def zeros(self, params: optax.Params) -> Field:
         def codes(param: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
-                raise ValueError(
-                    f"{self.moment}_dtype='int8' needs real floating parameters, got "
-                    f"{jnp.result_type(param)}; leave such leaves out with optax.masked"
-                )
-            small = jnp.ndim(param) < 2 or jnp.shape(param)[-1] < 16
-            return jnp.zeros_like(param, jnp.float32 if small else self.code_dtype)
+            dtype = jnp.float32 if _is_small(param) else self.code_dtype
+            return jnp.zeros_like(param, dtype)
 
-        def scale(param: jax.Array, code: jax.Array) -> jax.Array:
+        def scale(item: Any) -> Any:
+            param = _boxes.opened(item)
+            small = _is_small(param)
             # Made from the parameter's maxima, because these have the scale's shape and
             # sharding. Maxima of constant zeros would be computed by the compiler.
-            axis = -1 if self._in_rows(code) else None
-            return jnp.zeros_like(_maxima(jnp.asarray(param), axis))
+            made = jnp.zeros_like(_maxima(jnp.asarray(param), None if small else -1))
+            # The last axis of a scale is 1 and cannot be split. So a parameter's box is
+            # kept only if it does not split that axis.
+            is_kept = _boxes.is_box(item) and not small
+            is_kept = is_kept and not _boxes.names_last_axis(item)
+            return _boxes.refilled(item, made) if is_kept else made
 
-        made = jax.tree.map(codes, params)
-        return Int8(made, jax.tree.map(scale, params, made))
+        return Int8(
+            jax.tree.map(codes, params),
+            jax.tree.map(scale, params, is_leaf=_boxes.is_box),
+        )
 
     def load(self, stored: Stored) -> jax.Array:
         codes, scale = stored
@@ -320,6 +323,12 @@ def straight_through(x: jax.Array, loaded: jax.Array) -> jax.Array:
 @straight_through.defjvp
 def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return straight_through(*primals), tangents[0]
+
+
+def _is_small(param: jax.typing.ArrayLike) -> bool:
+    """Returns whether int8 leaves a parameter's moments in float32."""
+    floating = jnp.issubdtype(jnp.result_type(param), jnp.floating)
+    return not floating or jnp.ndim(param) < 2 or jnp.shape(param)[-1] < 16
 
 
 def _maxima(x: jax.Array, axis: int | None) -> jax.Array:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam3_optax import _boxes, _rounding, _rule, _storage
 from adam3_optax import _hyperparameters as hp
-from adam3_optax import _rounding, _rule, _storage
 from adam3_optax._rule import Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
 
@@ -164,18 +164,21 @@ def scale_by_adam3(
         coefficients = functools.cache(functools.partial(_rule.coefficients, h, count))
 
         def step(
-            index: int, path: tuple[Any, ...], g: Any, stored: Moments[Stored]
+            index: int, path: tuple[Any, ...], item: Any, stored: Moments[Stored]
         ) -> tuple[Any, Moments[Stored]]:
-            if g is None:
-                return None, stored
-            g = jnp.asarray(g)
-            _check_gradient(path, g, stored)
-            k = coefficients(_storage.computed_in(*jax.tree.leaves((g, stored))))
+            if not jax.tree.leaves(item):
+                return item, stored
+            g, old = jnp.asarray(_boxes.opened(item)), _boxes.opened(stored)
+            _check_gradient(path, g, old)
+            k = coefficients(_storage.computed_in(*jax.tree.leaves((g, old))))
             keys = _rounding.leaf_keys(index)
-            return _step_leaf(formats, form, g, stored, k, count, keys)
+            u, new = _step_leaf(formats, form, g, old, k, count, keys)
+            return _boxes.refilled(item, u), _boxes.refilled(stored, new)
 
         treedef: Any  # JAX says Unknown
-        leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=is_none)
+        leaves, treedef = jax.tree.flatten_with_path(
+            updates, is_leaf=lambda x: x is None or _boxes.is_box(x)
+        )
         split = functools.partial(_split, treedef)
         rows = map(Moments, *formats.map(split, NAMES, state.moments))
         pairs = enumerate(zip(leaves, rows, strict=True))

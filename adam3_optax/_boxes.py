@@ -1,0 +1,56 @@
+"""Boxes: how Flax and haliax put sharding metadata around an array of parameters."""
+
+import sys
+from typing import Any
+
+import jax
+
+_KINDS = (
+    ("flax.core.meta", "AxisMetadata"),  # Linen
+    ("flax.nnx", "Variable"),
+    ("haliax", "NamedArray"),
+)
+
+
+def is_box(x: object) -> bool:
+    """Returns whether x is a box with an array, or with nothing, in it."""
+    # Not imported: if its module is not loaded, there is no such box.
+    kinds = [getattr(sys.modules.get(module), name, ()) for module, name in _KINDS]
+    return isinstance(x, tuple(k for k in kinds if k)) and len(jax.tree.leaves(x)) < 2
+
+
+def opened(tree: Any) -> Any:
+    """Returns a tree with arrays in place of the boxes that hold them."""
+    return jax.tree.map(_content, tree, is_leaf=is_box)
+
+
+def refilled(tree: Any, arrays: Any) -> Any:
+    """Returns a tree with its boxes around other arrays: the inverse of `opened`."""
+
+    def refill(x: Any, array: Any) -> Any:
+        return (
+            jax.tree.unflatten(jax.tree.structure(x), [array]) if is_box(x) else array
+        )
+
+    return jax.tree.map(refill, tree, arrays, is_leaf=is_box)
+
+
+def names_last_axis(box: Any) -> bool:
+    """Returns whether a box assigns the last axis of its array to an axis of a mesh.
+
+    If a box says nothing that is understood here, as a haliax one, the answer is yes.
+    """
+    if hasattr(box, "get_metadata"):
+        keys = ("out_sharding", "optimizer_sharding", "sharding_names", "sharding")
+        found = [box.get_metadata().get(key) for key in keys]
+        specs = [getattr(x, "spec", x) for x in found if x is not None]
+    elif hasattr(box, "names"):
+        specs = [box.names]
+    else:
+        return True
+    last = jax.tree.leaves(box)[0].ndim - 1
+    return any(len(spec) > last and spec[last] is not None for spec in specs)
+
+
+def _content(x: Any) -> Any:
+    return (jax.tree.leaves(x) or [None])[0] if is_box(x) else x
