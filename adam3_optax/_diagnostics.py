@@ -17,7 +17,7 @@ from adam3_optax._report import Statistics, ThirdMomentReport
 from adam3_optax._rule import FORMS, Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._states import find
 from adam3_optax._storage import NAMES, Absent, Format, Stored, computed_in, format_of
-from adam3_optax._transform import ScaleByAdam3State
+from adam3_optax._transform import ScaleByAdam3State, check_not_stacked
 
 _MEDIAN, _TAIL = 0.5, 0.999
 _LAST = 2**31 - 1  # beyond the bit pattern of every number and NaN of float32
@@ -114,21 +114,16 @@ def third_moment_report(
             formats.append(these)
             dtype = computed_in(*jax.tree.leaves(stored))
             leaves.append((stored, coefficients(dtype)))
-    return ThirdMomentReport(
-        _statistics(leaves, tuple(formats), FORMS[third_moment]),
-        jnp.max(jnp.stack(lams)),
-        tuple(names),
-        third_moment,
-    )
+    # NaN and inf are results here, not faults.
+    with jax.debug_nans(False), jax.debug_infs(False):
+        rows = _statistics(leaves, tuple(formats), FORMS[third_moment])
+    lam = jnp.max(jnp.stack(lams))
+    return ThirdMomentReport(rows, lam, tuple(names), third_moment)
 
 
 def _steps_taken(state: ScaleByAdam3State) -> jax.Array:
     """Returns the number of the step that made a state, at least 1."""
-    if jnp.ndim(state.count):
-        raise ValueError(
-            f"the state's count has shape {jnp.shape(state.count)}: it is of "
-            "several optimizers; pass the state of one"
-        )
+    check_not_stacked(state)
     if isinstance(format_of("s", state.s), Absent):
         raise ValueError("the state has no third moment to report on")
     return jnp.maximum(state.count, 1)

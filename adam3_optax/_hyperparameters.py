@@ -37,7 +37,9 @@ class _Range(NamedTuple):
 
 _MAXIMUM = float(np.finfo(np.float32).max)
 _DECAY = _Range("in [0, 1)", lambda x: 0.0 <= x < 1.0, exact=True)
-_EPSILON = _Range("in [0, inf)", lambda x: 0.0 <= x < math.inf, exact=True)
+_EPSILON = _Range(
+    "in [0, inf) (finite in float32)", lambda x: 0.0 <= x <= _MAXIMUM, exact=True
+)
 _FINITE = _Range("finite (in float32)", lambda x: abs(x) <= _MAXIMUM)
 _THRESHOLD = _Range("in (0, inf] (to end the term, take lam to 0)", lambda x: x > 0.0)
 _RANGES = {

@@ -18,12 +18,12 @@ def adam3(
     learning_rate: hp.ScalarOrSchedule = 1e-3,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
+    *,
     b3: jax.typing.ArrayLike = 0.999,
     lam: hp.ScalarOrSchedule = 0.01,
     tau: hp.ScalarOrSchedule = 1.0,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    *,
     third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
@@ -75,11 +75,11 @@ def adam3(
         scale_by_adam3(
             b1,
             b2,
-            b3,
-            lam,
-            tau,
-            eps,
-            eps_root,
+            b3=b3,
+            lam=lam,
+            tau=tau,
+            eps=eps,
+            eps_root=eps_root,
             third_moment=third_moment,
             m_dtype=m_dtype,
             v_dtype=v_dtype,
@@ -93,6 +93,7 @@ def adam3w(
     learning_rate: hp.ScalarOrSchedule = 1e-3,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
+    *,
     b3: jax.typing.ArrayLike = 0.999,
     lam: hp.ScalarOrSchedule = 0.01,
     tau: hp.ScalarOrSchedule = 1.0,
@@ -100,7 +101,6 @@ def adam3w(
     eps_root: jax.typing.ArrayLike = 0.0,
     weight_decay: hp.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
-    *,
     third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
@@ -164,11 +164,11 @@ def adam3w(
         scale_by_adam3(
             b1,
             b2,
-            b3,
-            lam,
-            tau,
-            eps,
-            eps_root,
+            b3=b3,
+            lam=lam,
+            tau=tau,
+            eps=eps,
+            eps_root=eps_root,
             third_moment=third_moment,
             m_dtype=m_dtype,
             v_dtype=v_dtype,
@@ -185,21 +185,25 @@ def _add_decayed_weights(
     """Adds decay as Optax does, with the parameters cast to the updates' dtype."""
     rate_at = hp.value_at("weight_decay", weight_decay)
     rate = rate_at if callable(weight_decay) else rate_at(0)
-    inner = optax.add_decayed_weights(rate, mask)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None
     ) -> tuple[optax.Updates, optax.OptState]:
-        if params is not None:
-            params = jax.tree.map(
-                lambda u, p: p if u is None else jnp.asarray(p, u.dtype),
-                updates,
-                params,
-                is_leaf=is_none,
-            )
-        return inner.update(updates, state, params)
+        if params is None:
+            raise ValueError("weight decay needs params: pass them to update")
+        # A mask function sees the parameters as they were passed, not cast ones, and
+        # not the updates, which Optax would pass.
+        chosen = mask(params) if callable(mask) else mask
+        cast = jax.tree.map(
+            lambda u, p: p if u is None else jnp.asarray(p, u.dtype),
+            updates,
+            params,
+            is_leaf=is_none,
+        )
+        return optax.add_decayed_weights(rate, chosen).update(updates, state, cast)
 
-    return optax.GradientTransformation(inner.init, update)
+    init = optax.add_decayed_weights(rate, mask).init
+    return optax.GradientTransformation(init, update)
 
 
 def _scale_by_rate(

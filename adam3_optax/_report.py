@@ -72,6 +72,14 @@ class ThirdMomentReport:
         """The statistics of each leaf, by its name."""
         return {name: self.rows._at(i) for i, name in enumerate(self.names, start=1)}
 
+    def _on_host(self) -> "ThirdMomentReport":
+        if self.lam.ndim:
+            raise ValueError(
+                f"the report's lam has shape {self.lam.shape}: it is of several "
+                "optimizers, as made by jax.vmap; take one with jax.tree.map"
+            )
+        return jax.device_get(self)
+
     def scalars(
         self, prefix: str = "third_moment/", *, leaves: bool = False
     ) -> dict[str, float]:
@@ -84,7 +92,7 @@ class ThirdMomentReport:
         Returns:
             Eight floats, and eight more for each leaf.
         """
-        report = jax.device_get(self)
+        report = self._on_host()
         named = {"": report.overall, **(report.leaves if leaves else {})}
         return {
             f"{prefix}{name}{leaf}": float(value)
@@ -94,7 +102,7 @@ class ThirdMomentReport:
 
     def table(self) -> str:
         """Returns a table as text: a line for each leaf, and one for all."""
-        report = jax.device_get(self)
+        report = self._on_host()
         headings = ("leaf", "elements", "skewness", "(tail)", "|b|/|m|", "(tail)")
         rows = [[*headings, "clipped", "no effect", "bytes"]]
         for name, x in [*report.leaves.items(), ("all", report.overall)]:
@@ -118,7 +126,7 @@ class ThirdMomentReport:
         median ratio |b_t|/|m̂| above 1; half or more clipped; a median ratio below
         0.001; none of these.
         """
-        x = self.overall
+        x = self._on_host().overall
         ratio, tail = float(x.ratio), float(x.ratio_tail)
         silent, clipped = float(x.without_effect), float(x.clipped)
         found = f"median ratio {ratio:.0e}"

@@ -1,7 +1,8 @@
 """Stochastic rounding: random bits from integers alone, and float32 to bfloat16."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,21 @@ def random_bits(
     def bits(x: jax.Array) -> jax.Array:
         index = seed
         for axis in range(x.ndim):
-            stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+            stride = _product(x.shape[axis + 1 :])
             index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
         return _mix(index ^ own)
 
     return bits
+
+
+def _product(sizes: Sequence[Any]) -> jax.Array:
+    """Returns the product of sizes modulo 2³²; some may be symbolic (`jax.export`)."""
+    known = [size for size in sizes if isinstance(size, int)]
+    product = jnp.uint32(math.prod(known) % 2**32)
+    for size in sizes:
+        if not isinstance(size, int):
+            product *= jnp.asarray(size).astype(jnp.uint32)
+    return product
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -66,11 +77,12 @@ def to_bfloat16(x: jax.Array, bits: RandomBits) -> jax.Array:
     # A NaN may be a NaN by its lower half alone, which is cut off. So NaN is chosen
     # explicitly. The choice comes last because XLA on a CPU repeats a conversion, and
     # all that leads to it, for each use of its result.
-    return jnp.where(size > _INFINITY, jnp.bfloat16(jnp.nan), rounded)
+    return jnp.where(size > _INFINITY, _NAN, rounded)
 
 
 _LARGEST = np.uint32(0x7F7F0000)  # of bfloat16: nothing is carried past it
 _INFINITY = np.uint32(0x7F800000)
+_NAN = np.array(np.nan, jnp.bfloat16)  # of NumPy, which `jax_debug_nans` lets pass
 
 
 def to_integer(root: jax.Array, power: int, bits: RandomBits) -> jax.Array:

@@ -105,11 +105,13 @@ def update_m(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
 
 def update_v(g: jax.Array, v: jax.Array, k: Coefficients) -> jax.Array:
     """Returns v_t from the gradient and v of step t - 1."""
-    # This is the average of g², with g² clipped to `limit`. Clipping g itself would
-    # make XLA fuse the sum in another order, and v would differ from optax.adam's in
-    # the last bit.
+    # This is the average of g², with g² clipped to `limit` if g is finite. Clipping g
+    # itself would make XLA fuse the sum in another order, and v would differ from
+    # optax.adam's in the last bit.
     limit = float(jnp.finfo(g.dtype).max) / 4
-    return jnp.minimum(k.a.v * g**2 + k.b.v * v, k.a.v * limit + k.b.v * v)
+    average = k.a.v * g**2 + k.b.v * v
+    clipped = jnp.minimum(average, k.a.v * limit + k.b.v * v)
+    return jnp.where(jnp.isinf(g), average, clipped)
 
 
 def update_s(
@@ -168,7 +170,7 @@ def _signed_three_halves(d: jax.Array, k: Coefficients) -> jax.Array:
     """Returns sign(d)·(|d| + eps)^(3/2)."""
     # a·sqrt(a), because a general power is several times slower. The `where` defines
     # the derivative at d = 0 as 0, also with eps = 0.
-    a = jnp.where(d == 0, 1.0, jnp.abs(_within(d, 2 / 3)) + k.eps)
+    a = jnp.where(d == 0, 1.0, _within(jnp.abs(d) + k.eps, 2 / 3))
     return jnp.sign(d) * (a * jnp.sqrt(a))
 
 

@@ -328,7 +328,14 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
 def _is_small(param: jax.typing.ArrayLike) -> bool:
     """Returns whether int8 leaves a parameter's moments in float32."""
     floating = jnp.issubdtype(jnp.result_type(param), jnp.floating)
-    return not floating or jnp.ndim(param) < 2 or jnp.shape(param)[-1] < 16
+    try:
+        return not floating or jnp.ndim(param) < 2 or jnp.shape(param)[-1] < 16
+    except jax.core.InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"int8 must know whether rows of the shape {jnp.shape(param)} have 16 "
+            "elements or more. Say so in jax.export.symbolic_shape, as in "
+            "constraints=['d >= 16']."
+        ) from error
 
 
 def _maxima(x: jax.Array, axis: int | None) -> jax.Array:
@@ -351,4 +358,4 @@ def _cbrt(x: jax.Array) -> jax.Array:
     for _ in range(2):
         error = 1.0 - (x * y) * (y * y)
         y += y * error * (1 / 3 + error * (2 / 9))
-    return jnp.where(x > 0, x * y * y, 0.0)
+    return x * y * y

@@ -38,12 +38,12 @@ class ScaleByAdam3State(NamedTuple):
 def scale_by_adam3(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
+    *,
     b3: jax.typing.ArrayLike = 0.999,
     lam: hp.ScalarOrSchedule = 0.01,
     tau: hp.ScalarOrSchedule = 1.0,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    *,
     third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
     v_dtype: DTypeSetting = None,
@@ -156,6 +156,7 @@ def scale_by_adam3(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdam3State]:
         del params, extra_args
+        check_not_stacked(state)
         count = optax.safe_increment(state.count)
         lam_t, tau_t = lam_at(state.count), tau_at(state.count)
         h = _rule.Hyperparameters(b, lam_t, tau_t, eps, eps_root)
@@ -231,6 +232,15 @@ def _step_leaf(
         b_t = form.term(v_t, s_t, k)
     u_t = _rule.direction(m_t, v_t, b_t, k)
     return u_t.astype(g.dtype), Moments(m, v, s)
+
+
+def check_not_stacked(state: ScaleByAdam3State) -> None:
+    """Raises if a state is of several optimizers."""
+    if jnp.ndim(state.count):
+        raise ValueError(
+            f"the state's count has shape {jnp.shape(state.count)}: it is the state of "
+            "several optimizers, as made by jax.vmap. Use it inside jax.vmap."
+        )
 
 
 def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None:
