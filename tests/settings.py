@@ -15,9 +15,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 from adam3_optax._rule import THIRD_MOMENTS
+from tests import reference
 
 FORMS: tuple[Any, ...] = tuple(THIRD_MOMENTS)
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
+BOUNDED = [form for form in FORMS if reference.FORMS[form].free_of_scale]
+UNBOUNDED = [form for form in FORMS if form not in BOUNDED]
 # In every form an isolated gradient has no late effect with these, and none warns.
 SAFE: dict[str, Any] = {"b1": 0.9, "b2": 0.95, "b3": 0.9}
 
