@@ -1,4 +1,4 @@
-"""What the tests share: forms, ways to rest, trees, meshes and helpers.
+"""What the tests share: forms, formats, trees, meshes and helpers.
 
 The forms are taken from the package here alone. A new one needs no edit of a test but a
 case in `reference.py`.
@@ -14,10 +14,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from adam3_optax._rule import THIRD_MOMENTS
+from adam3_optax import _rule
 from tests import reference
 
-FORMS: tuple[Any, ...] = tuple(THIRD_MOMENTS)
+FORMS: tuple[Any, ...] = tuple(_rule.FORMS)
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
 BOUNDED = [form for form in FORMS if reference.FORMS[form].free_of_scale]
 UNBOUNDED = [form for form in FORMS if form not in BOUNDED]
@@ -25,7 +25,7 @@ UNBOUNDED = [form for form in FORMS if form not in BOUNDED]
 SAFE: dict[str, Any] = {"b1": 0.9, "b2": 0.95, "b3": 0.9}
 
 
-# How moments rest.
+# How moments are stored.
 
 
 def all_at(setting: Any) -> dict[str, Any]:
@@ -39,13 +39,14 @@ STORAGE: dict[str, dict[str, Any]] = {
     "bfloat16": all_at("bfloat16"),
     "int8": all_at("int8"),
     "mixed": MIXED,
+    "adam": {"third_moment": None},  # with no s at all
 }
 # As much memory as Adam's.
 ADAMS_MEMORY: dict[str, Any] = {"m_dtype": "bfloat16", "s_dtype": "bfloat16"}
 
 
 def each_storage(*names: str) -> pytest.MarkDecorator:
-    """Returns the parametrization over some ways to rest, or over all."""
+    """Returns the parametrization over some of these, or over all."""
     chosen = names or tuple(STORAGE)
     return pytest.mark.parametrize("storage", [STORAGE[x] for x in chosen], ids=chosen)
 
@@ -109,8 +110,9 @@ def scan(optimizer: Any, params: Any, gradients: Any) -> Any:
 
 
 def moments(state: Any) -> list[Any]:
-    """Returns the fields m, v and s of the one AdaM3 in a state."""
-    return [optax.tree.get(state, name) for name in "mvs"]
+    """Returns the fields m, v and s of the one AdaM3 in a state, or m and v of Adam."""
+    fields = [optax.tree.get(state, name) for name in "mvs"]
+    return [x for x in fields if not isinstance(x, optax.EmptyState)]
 
 
 def compiles(jitted: Any) -> int:

@@ -39,7 +39,7 @@ def assert_portable(exported: export.Exported) -> None:
 
 @pytest.mark.parametrize(
     ("form", "name"),
-    [*((form, "default") for form in FORMS), (FORMS[0], "mixed")],
+    [*((form, "default") for form in FORMS), (FORMS[0], "mixed"), (None, "adam")],
 )
 def test_training_lowers_for_every_platform(form: Any, name: str) -> None:
     optimizer = make(STORAGE[name], form)

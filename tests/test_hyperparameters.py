@@ -79,12 +79,12 @@ def test_every_factory_checks(factory: Any) -> None:
             factory(**{f"{moment}_dtype": "float8"})
 
 
-@pytest.mark.parametrize("value", ["Cubic", "", None, 3, jnp.zeros(()), abs])
+@pytest.mark.parametrize("value", ["Cubic", "", 3, jnp.zeros(()), abs])
 def test_an_unknown_form_lists_the_known_ones(value: Any) -> None:
     # A number is what a schedule's place in `optax.inject_hyperparams` makes of it.
     with pytest.raises(ValueError, match=r"^third_moment must be one of") as caught:
         scale_by_adam3(third_moment=value)
-    for text in (*map(repr, FORMS), repr(value)):
+    for text in (*map(repr, FORMS), "or None", repr(value)):
         assert text in str(caught.value)
 
 

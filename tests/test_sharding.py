@@ -59,7 +59,7 @@ PARAMETERS_AND_STATE = {
 
 
 def make(storage: Any, form: Any = FORMS[-1]) -> Any:
-    return adam3w(1e-2, weight_decay=0.1, third_moment=form, **storage)
+    return adam3w(1e-2, weight_decay=0.1, **{"third_moment": form, **storage})
 
 
 # A problem whose gradients are sums of small integers, and so the same in every order
