@@ -1,4 +1,4 @@
-"""How moments are stored: types, bytes, the quantiser against an oracle, and its invariants.
+"""How moments are stored: the quantiser against an oracle, and its invariants.
 
 The invariants of 8-bit rows, each with its number in a test below:
   1. A row of zeros stays a row of zeros.
@@ -181,9 +181,7 @@ def test_slow_averages_move(
         unit = np.asarray(scale, np.float64) ** POWER[moment]
         got = loaded(moment, low)[0] / unit
         ratio = np.mean(got) / np.mean(getattr(full, moment) / unit)
-        print(
-            f"{storage['m_dtype']}, log-spread {spread}: bias of {moment} {ratio - 1:+.4f}"
-        )
+        print(storage, f"log-spread {spread}: bias of {moment} {ratio - 1:+.4f}")
         assert abs(ratio - 1) < bound
     ours_largest, exact_largest = (float(np.max(x)) for x in largest)
     assert ours_largest < largest_update * exact_largest
@@ -300,7 +298,7 @@ def test_derivatives_stop_at_narrow_state(storage: Any) -> None:
 @EACH_FORM
 @EACH_ROUNDED
 def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> None:
-    b = _rule.Moments(0.9, 0.99, 0.98)
+    b: Any = _rule.Moments(0.9, 0.99, 0.98)
     h = _rule.Hyperparameters(b, 0.5, 1.0, 1e-8, 0.0)
     optimizer = scale_by_adam3(*b, *h[1:], third_moment=form, **storage)
     f = format_for("s", storage["s_dtype"])
