@@ -15,6 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 import adam3_optax
+from tests.settings import FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -28,7 +29,6 @@ OPTAX = (
     "optax.contrib.ademamix",
 )
 SETTINGS = ("float32", "bfloat16 m, s", "bfloat16", "int8")
-FORMS = ("cubic", "stabilized", "standardized")
 
 
 @pytest.fixture(autouse=True)

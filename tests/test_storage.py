@@ -300,7 +300,8 @@ def test_derivatives_stop_at_narrow_state(storage: Any) -> None:
 def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> None:
     b: Any = _rule.Moments(0.9, 0.99, 0.98)
     h = _rule.Hyperparameters(b, 0.5, 1.0, 1e-8, 0.0)
-    optimizer = scale_by_adam3(*b, *h[1:], third_moment=form, **storage)
+    make: Any = scale_by_adam3
+    optimizer = make(*b, *h[1:], third_moment=form, **storage)
     f = format_for("s", storage["s_dtype"])
     record = _rule.FORMS[form]
     rng = np.random.default_rng(0)

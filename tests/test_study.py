@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import adam3_optax
+from tests.settings import EACH_FORM, FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -399,7 +400,7 @@ def test_the_schedule_warms_up_and_ends_near_0() -> None:
     assert (np.diff(values[26:]) < 0).all()
 
 
-@pytest.mark.parametrize("form", ["cubic", "stabilized", "standardized"])
+@EACH_FORM
 def test_lam_0_is_adam(form: str, gradients: list[Any]) -> None:
     ours, _ = direction(form, gradients, lam=0.0)
     theirs, _ = direction("adamw", gradients)
@@ -412,7 +413,7 @@ def test_identity_holds_along_a_training(kind: str, corpus: Any) -> None:
     options = {"characters": {"width": 16, "batch": 4, "windows": 4}}
     task = part("tasks").make(kind, options.get(kind, {}), corpus)
     found = part("checks").identity(task, 100)
-    assert set(found["forms"]) == {"cubic", "stabilized", "standardized"}
+    assert set(found["forms"]) == set(FORMS)
     for worst in found["forms"].values():
         assert worst["moments_ulp"] <= 1
         assert 0 < worst["update_ulp"] <= 4
