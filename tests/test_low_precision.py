@@ -137,11 +137,6 @@ def test_unknown_settings_list_what_is_allowed(value: Any) -> None:
         assert allowed in str(caught.value)
 
 
-def test_adam_has_no_s_to_store() -> None:
-    with pytest.raises(ValueError, match=r"^s_dtype must be None with third_moment="):
-        scale_by_adam3(third_moment=None, s_dtype="bfloat16")
-
-
 @pytest.mark.parametrize("value", [1, 0.5, True, np.ones(2), jnp.ones(())])
 def test_numbers_as_settings_name_the_remedy(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^m_dtype must be .*static_args='m_dtype'"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ FOLDER = ROOT / "benchmarks"
 STUDIES = FOLDER / "studies"
 stats: Any = importlib.import_module("scipy.stats")  # it has no types
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-SLOW = pytest.mark.slow
 SHARED = {"lr": 1e-2, "warm_up": 0.1, "b2": 0.99, "weight_decay": 0.01}
 
 
@@ -33,6 +33,10 @@ SHARED = {"lr": 1e-2, "warm_up": 0.1, "b2": 0.99, "weight_decay": 0.01}
 def importable(monkeypatch: pytest.MonkeyPatch, standard_promotion: None) -> None:
     """The scripts import one another as scripts do, and run Optax's own code."""
     monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def slow(*kinds: str) -> list[Any]:
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 def part(name: str) -> Any:
@@ -412,7 +416,7 @@ def test_lam_0_is_adam(form: str, gradients: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["softmax", *(pytest.param(x, marks=SLOW) for x in ("digits", "characters"))],
+    ["softmax", *slow("digits", "characters")],
 )
 def test_identity_holds_along_a_training(kind: str, corpus: Any) -> None:
     options = {"characters": {"width": 16, "batch": 4, "windows": 4}}
@@ -531,7 +535,7 @@ def test_recall_is_of_the_training_text(corpus: Any) -> None:
     "kind",
     [
         "digits",
-        *(pytest.param(x, marks=SLOW) for x in ("characters", "words", "softmax")),
+        *slow("characters", "words", "softmax"),
     ],
 )
 def test_a_task_begins_at_chance_and_is_pure(kind: str, corpus: Any) -> None:
@@ -704,8 +708,18 @@ def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
     assert "## Stationary point" in text
 
 
+@pytest.fixture
+def standard_in_threads() -> Iterator[None]:
+    """For tests whose own threads run others' code: a context is of one thread."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
 def test_a_study_runs_to_its_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], standard_in_threads: None
 ) -> None:
     # With one trial, and without what is no training of digits.
     head, _, checked = (
