@@ -15,6 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 import adam3_optax
+from tests.settings import FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -28,7 +29,6 @@ OPTAX = (
     "optax.contrib.ademamix",
 )
 SETTINGS = ("float32", "bfloat16 m, s", "bfloat16", "int8")
-FORMS = ("cubic", "stabilized", "standardized")
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_from_measurement_to_figures(tmp_path: Path) -> None:
     out = str(tmp_path)
     printed = run("step_time.py", "--quick", "--only", "cubic", "--out", out)
@@ -201,6 +202,7 @@ def test_bytes_a_parameter(name: str, state: float, necessary: float) -> None:
     assert counts["xla_bytes"] > counts["necessary_bytes"] - 1e-2
 
 
+@pytest.mark.slow
 def test_counts_are_the_same_in_every_process() -> None:
     code = (
         "import json, sys; sys.path.insert(0, 'benchmarks');"
@@ -246,7 +248,9 @@ def test_steps_and_copies_write_to_the_memory_that_is_there() -> None:
     assert len(places) == 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_nothing_compiles_in_a_window(dtype: str) -> None:
     compiled: list[str] = []
 

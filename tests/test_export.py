@@ -13,18 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adam3_optax import state_shardings
-from adam3_optax._rule import FORMS as THIRD_MOMENTS
-from tests.test_sharding import (
-    BATCHES,
-    BOTH,
-    EACH_SETTING,
-    PARAMS,
-    assert_same,
-    make,
-    mesh_of,
-    on,
-    step,
-)
+from tests.settings import FORMS, STORAGE, assert_same, each_storage, mesh_of, on
+from tests.test_sharding import BATCHES, BOTH, PARAMS, make, step
 
 PLATFORMS = "tpu", "cuda", "rocm", "cpu"
 BATCH = jax.tree.map(jnp.asarray, BATCHES[0])
@@ -47,10 +37,12 @@ def assert_portable(exported: export.Exported) -> None:
     assert dtypes <= {"float32", "bfloat16", "int8", "uint8", "int32"}
 
 
-@EACH_SETTING
-@pytest.mark.parametrize("third_moment", THIRD_MOMENTS)
-def test_training_lowers_for_every_platform(setting: Any, third_moment: Any) -> None:
-    optimizer = make({**setting, "third_moment": third_moment})
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [*((form, "default") for form in FORMS), (FORMS[0], "mixed"), (None, "adam")],
+)
+def test_training_lowers_for_every_platform(form: Any, name: str) -> None:
+    optimizer = make(STORAGE[name], form)
 
     init, update_and_apply = jax.jit(optimizer.init), jax.jit(partial(step, optimizer))
     state = init(PARAMS)
@@ -68,9 +60,9 @@ def test_training_lowers_for_every_platform(setting: Any, third_moment: Any) -> 
     assert_same(got, want)
 
 
-@EACH_SETTING
-def test_sharded_training_lowers_for_every_platform(setting: Any) -> None:
-    optimizer, mesh = make(setting), mesh_of(AxisType.Auto)
+@each_storage("int8")
+def test_sharded_training_lowers_for_every_platform(storage: Any) -> None:
+    optimizer, mesh = make(storage), mesh_of(AxisType.Auto)
     where = on(mesh, BOTH)
     where_state = state_shardings(optimizer, PARAMS, where)
     jitted = jax.jit(

@@ -1,5 +1,7 @@
 """Bad input gets one clear error; good input passes in every disguise."""
 
+import functools
+import inspect
 import math
 import re
 import warnings
@@ -14,13 +16,32 @@ import pytest
 
 import adam3_optax
 from adam3_optax import BlowUpWarning, adam3, adam3w, scale_by_adam3
+from tests.settings import (
+    BF16,
+    BOUNDED,
+    EACH_FORM,
+    F16,
+    F32,
+    F64,
+    FORMS,
+    GRADIENTS,
+    PARAMS,
+    SAFE,
+    UNBOUNDED,
+    assert_close,
+    assert_finite,
+    compiles,
+    first_step,
+    train,
+)
 
-FACTORIES = pytest.mark.parametrize("factory", [scale_by_adam3, adam3, adam3w])
 INF, NAN = math.inf, math.nan
-PARAMS = jnp.array([1.0, -2.0, 3.0])
+A = jnp.array([1.0, -2.0, 3.0])
 
 
-@FACTORIES
+# Errors. Every factory has the same checks, for the chains pass their arguments on.
+
+
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
@@ -29,39 +50,44 @@ PARAMS = jnp.array([1.0, -2.0, 3.0])
         ("eps_root", [-1e-8, NAN, INF], "[0, inf)"),
         ("lam", [NAN, INF, -INF], "finite"),
         ("tau", [0, -1.0, NAN, -INF], "(0, inf]"),
+        ("learning_rate", [NAN, INF], "finite"),
+        ("weight_decay", [NAN, INF], "finite"),
     ],
 )
 @pytest.mark.parametrize("kind", [float, np.float64, np.array, jnp.float32])
-def test_out_of_range(
-    factory: Any, name: str, values: list[float], allowed: str, kind: Any
-) -> None:
+def test_out_of_range(name: str, values: list[float], allowed: str, kind: Any) -> None:
     for value in values:
         within = allowed if allowed == "finite" else f"in {allowed}"
         message = re.escape(f"{name} must be {within}")
         with pytest.raises(ValueError, match=f"^{message}.*, got ") as caught:
-            factory(**{name: kind(value)})
+            adam3w(**{name: kind(value)})
         got = float(str(caught.value).split()[-1])
         np.testing.assert_allclose(got, value, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
-@pytest.mark.parametrize("value", [NAN, INF])
-def test_non_finite_rates(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} must be finite .*, got"):
-        adam3w(**{name: value})  # type: ignore[arg-type]
+@pytest.mark.parametrize("factory", [scale_by_adam3, adam3, adam3w])
+def test_every_factory_checks(factory: Any) -> None:
+    for name in ("b1", "b2", "b3", "lam", "tau", "eps", "eps_root"):
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            factory(**{name: NAN})
+        with pytest.raises(TypeError, match=f"^{name} must be a real number"):
+            factory(**{name: None})
+    with pytest.raises(ValueError, match="third_moment must be one of"):
+        factory(third_moment="fourth")
+    for moment in "mvs":
+        with pytest.raises(ValueError, match=f"^{moment}_dtype must be one of"):
+            factory(**{f"{moment}_dtype": "float8"})
 
 
-@FACTORIES
-@pytest.mark.parametrize("value", ["Cubic", "", None, 3, jnp.zeros(()), abs])
-def test_unknown_form_lists_the_three(factory: Any, value: Any) -> None:
-    with pytest.raises(ValueError, match="third_moment") as caught:
-        factory(third_moment=value)
-    for form in ("'cubic'", "'stabilized'", "'standardized'", repr(value)):
-        assert form in str(caught.value)
+@pytest.mark.parametrize("value", ["Cubic", "", 3, jnp.zeros(()), abs])
+def test_an_unknown_form_lists_the_known_ones(value: Any) -> None:
+    # A number is what a schedule's place in `optax.inject_hyperparams` makes of it.
+    with pytest.raises(ValueError, match=r"^third_moment must be one of") as caught:
+        scale_by_adam3(third_moment=value)
+    for text in (*map(repr, FORMS), "or None", repr(value)):
+        assert text in str(caught.value)
 
 
-@FACTORIES
-@pytest.mark.parametrize("name", ["b1", "b2", "b3", "lam", "tau", "eps", "eps_root"])
 @pytest.mark.parametrize(
     "value",
     [
@@ -76,67 +102,51 @@ def test_unknown_form_lists_the_three(factory: Any, value: Any) -> None:
         np.array("1"),
     ],
 )
-def test_no_number(factory: Any, name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=f"^{name} must be a real number"):
-        factory(**{name: value})
+def test_no_number(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"^lam must be a real number"):
+        scale_by_adam3(lam=value)
 
 
-@FACTORIES
-@pytest.mark.parametrize("name", ["b1", "lam", "tau", "eps"])
 @pytest.mark.parametrize("value", [np.full(3, 0.5), jnp.full((1,), 0.5)])
-def test_no_scalar(factory: Any, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} must be .* of shape \(\d,\)"):
-        factory(**{name: value})
+def test_no_scalar(value: Any) -> None:
+    for name in ("b1", "lam", "tau", "eps"):
+        with pytest.raises(ValueError, match=rf"^{name} must be .* of shape \(\d,\)"):
+            scale_by_adam3(**{name: value})
 
 
 def test_a_schedule_where_none_is_taken_names_the_remedy() -> None:
-    with pytest.raises(TypeError, match=r"^b1 .*optax\.inject_hyperparams"):
-        adam3(b1=lambda count: 0.9)  # type: ignore[arg-type]
+    for name in ("b1", "b2", "b3", "eps", "eps_root"):
+        constant: Any = {name: lambda count: 0.9}
+        with pytest.raises(TypeError, match=rf"^{name} .*optax\.inject_hyperparams"):
+            scale_by_adam3(**constant)
 
 
 @pytest.mark.parametrize("name", ["b1", "b2", "b3", "eps", "eps_root"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [BF16, F16])
 def test_values_lost_to_half_precision_are_refused(name: str, dtype: Any) -> None:
+    make: Any = scale_by_adam3
     message = rf"^{name} must be .*hyperparam_dtype=jnp\.float32"
     with pytest.raises(ValueError, match=message):
-        adam3(**{name: jnp.asarray(0.5, dtype)})  # type: ignore[arg-type]
+        make(**{name: jnp.asarray(0.5, dtype)})
     with pytest.raises(ValueError, match=message):  # a tracer has its type, no value
-        jax.jit(lambda x: adam3(**{name: x}).init(PARAMS))(jnp.asarray(0.5, dtype))
-
-
-@pytest.mark.parametrize("name", ["learning_rate", "lam", "tau", "weight_decay"])
-@pytest.mark.parametrize(
-    "kind", [float, np.float16, np.float64, np.array, jnp.bfloat16, jnp.float32]
-)
-def test_numbers_in_every_disguise(name: str, kind: Any) -> None:
-    plain = adam3w(**{name: 0.5}, third_moment="standardized")
-    disguised = adam3w(**{name: kind(0.5)}, third_moment="standardized")
-    g = jnp.array([3.0, -1e-3, 0.0])
-    for optimizer in (plain, disguised):
-        state = optimizer.init(PARAMS)
-        for _ in range(3):
-            updates, state = optimizer.update(g * g, state, PARAMS)
-        if optimizer is plain:
-            expected = updates
-    np.testing.assert_array_equal(updates, expected)
-    assert updates.dtype == jnp.float32
-
-
-def test_traced_values_pass_unchecked() -> None:
-    @jax.jit
-    def first_update(b1: jax.Array, tau: jax.Array) -> Any:
-        optimizer = scale_by_adam3(b1=b1, tau=tau)
-        return optimizer.update(PARAMS, optimizer.init(PARAMS))[0]
-
-    np.testing.assert_allclose(first_update(0.9, 1.0), [1, -1, 1], rtol=1e-2)
-    np.testing.assert_allclose(first_update(0, 1), [1, -1, 1], rtol=1e-2)
-    first_update(2.0, -1.0)
+        jax.eval_shape(lambda x: make(**{name: x}).init(A), jnp.asarray(0.5, dtype))
 
 
 @pytest.mark.parametrize("value", [1e39, 10**400, -(10**400)])
 def test_numbers_beyond_float32(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^lam must be finite \(in float32\), got"):
-        adam3(lam=value)
+        scale_by_adam3(lam=value)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lam", "tau", "weight_decay"])
+def test_a_bad_schedule_is_caught_when_it_speaks(name: str) -> None:
+    for value in (jnp.ones(3), NAN):
+        schedule: Any = {name: lambda count, value=value: value}
+        with pytest.raises(ValueError, match=rf"^{name} must be "):
+            first_step(adam3w(**schedule), A)
+
+
+# What passes.
 
 
 def test_an_integer_is_a_number() -> None:
@@ -144,68 +154,155 @@ def test_an_integer_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "lam", "tau", "weight_decay"])
-def test_a_bad_schedule_is_caught_when_it_speaks(name: str) -> None:
-    for value in (jnp.ones(3), NAN):
-        schedule: Any = {name: lambda count, value=value: value}
-        optimizer = adam3w(**schedule)
-        with pytest.raises(ValueError, match=rf"^{name} must be "):
-            optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+@pytest.mark.parametrize(
+    "kind", [np.float16, np.float64, np.array, jnp.bfloat16, jnp.float32]
+)
+def test_numbers_in_every_disguise(name: str, kind: Any) -> None:
+    # Not weakly typed, they would turn bfloat16 updates into float32.
+    make: Any = adam3w
+    plain, disguised = (make(**{name: x}) for x in (0.5, kind(0.5)))
+    for dtype in (F32, BF16):
+        g = A.astype(dtype)
+        updates, _ = first_step(disguised, g)
+        np.testing.assert_array_equal(updates, first_step(plain, g)[0])
+        assert updates.dtype == dtype
 
 
-def test_adam3_has_no_use_for_parameters() -> None:
-    optimizer = adam3()
-    optimizer.update({"w": PARAMS}, optimizer.init({"w": PARAMS}), {"w": 1})
+@EACH_FORM
+def test_no_check_needs_a_value(form: Any) -> None:
+    # All numbers traced at once; a check of their range would need them.
+    numbers = {
+        name: parameter.default
+        for name, parameter in inspect.signature(adam3w).parameters.items()
+        if isinstance(parameter.default, float)
+    }
+    assert len(numbers) == 9
+    make = functools.partial(adam3w, third_moment=form)
+    traced = jax.jit(lambda kwargs: first_step(make(**kwargs), A)[0])
+    np.testing.assert_allclose(traced(numbers), first_step(make(), A)[0], rtol=1e-4)
+    traced({**numbers, "b1": 2.0, "tau": -1.0})  # nothing is known of them
+    np.testing.assert_allclose(traced({**numbers, "b1": 0}), -1e-3 * np.sign(A), 0.02)
 
 
-@pytest.mark.parametrize("mask", [True, False, np.True_, 1.0])
-def test_a_mask_taken_for_a_schedule_is_refused(mask: Any) -> None:
-    with pytest.raises(TypeError, match=r"^mask must be .*static_args='mask'"):
-        adam3w(mask=mask)
+@pytest.mark.parametrize("name", ["learning_rate", "lam", "tau"])
+@pytest.mark.parametrize("how", ["traced", "scheduled"])
+def test_numbers_take_the_type_of_the_leaf(name: str, how: str, x64: None) -> None:
+    # A strongly typed float32 among float64, and among the others.
+    params = {"half": jnp.ones(2, F16), "double": jnp.ones(2, F64)}
+
+    def step(value: jax.Array) -> Any:
+        number: Any = value if how == "traced" else lambda count: value
+        return first_step(adam3w(**{name: number}), params)[0]
+
+    updates = jax.eval_shape(step, jnp.float32(0.1))
+    assert {k: u.dtype for k, u in updates.items()} == {"half": F16, "double": F64}
 
 
-@pytest.mark.parametrize("make", [scale_by_adam3, adam3, adam3w])
-def test_complex_parameters_are_refused_at_init(make: Callable[[], Any]) -> None:
-    params = {"w": {"re": PARAMS, "z": PARAMS.astype(jnp.complex64)}}
-    with pytest.raises(
-        ValueError, match=r"params\['w'\]\['z'\] .*optax\.contrib\.split_real_and_imag"
+# Changed on the way: injected, scheduled.
+
+OTHER = {
+    "learning_rate": 0.5,
+    "b1": 0.5,
+    "b2": 0.9,
+    "b3": 0.5,
+    "lam": 0.5,
+    "tau": 1e-4,
+    "eps": 0.3,
+    "eps_root": 0.3,
+    "weight_decay": 0.5,
+}
+FIXED: dict[str, Any] = {"learning_rate": 0.1, "b3": 0.8, "lam": 0.1}
+
+
+@functools.cache
+def injected() -> tuple[Any, Any]:
+    optimizer = optax.inject_hyperparams(adam3w)(**FIXED)
+    return optimizer, jax.jit(optimizer.update)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_an_injected_value_that_is_changed_acts(name: str) -> None:
+    # Two steps, a change through the state, two more: as two optimizers on one state.
+    # One compiled step serves them all.
+    optimizer, update = injected()
+    state = optimizer.init(PARAMS)
+    expected = unchanged = state.inner_state
+    plain = adam3w(**FIXED)
+    for i, g in enumerate(GRADIENTS[:4]):
+        if i == 2:
+            state = optax.tree.set(state, **{name: jnp.float32(OTHER[name])})
+        updates, state = update(g, state, PARAMS)
+        changed = adam3w(**{**FIXED, name: OTHER[name]}) if i >= 2 else plain
+        want, expected = changed.update(g, expected, PARAMS)
+        same, unchanged = plain.update(g, unchanged, PARAMS)
+        assert_close(updates, want, rtol=1e-4)
+    assert float(state.hyperparams[name]) == pytest.approx(OTHER[name])
+    assert np.max(abs(want["w"] / same["w"] - 1)) > 0.01
+    assert compiles(update) == 1
+
+
+def schedule_of(name: str) -> Callable[[Any], Any]:
+    """Returns a schedule from .8 of the value to the value in three steps."""
+    return lambda count: OTHER[name] * (0.8 + 0.1 * jnp.float32(count))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((x, "native") for x in ("learning_rate", "lam", "tau", "weight_decay")),
+        *((x, "injected") for x in ("learning_rate", "lam", "b2")),
+    ],
+)
+def test_schedules_get_the_count_before_the_step(name: str, how: str) -> None:
+    # As everywhere in Optax: the first step takes schedule(0).
+    factory = optax.inject_hyperparams(adam3w) if how == "injected" else adam3w
+    optimizer = factory(**{**FIXED, name: schedule_of(name)})
+    update, state = jax.jit(optimizer.update), optimizer.init(A)
+    expected = adam3w(**FIXED).init(A)
+    for count in range(3):
+        g = (-1.0) ** count * (A - 0.5)
+        updates, state = update(g, state, A)
+        value = float(schedule_of(name)(count))
+        manual = adam3w(**{**FIXED, name: value})
+        want, expected = manual.update(g, expected, A)
+        assert_close(updates, want, rtol=1e-4)
+    assert compiles(update) == 1
+
+
+def test_optax_schedules_fit_everywhere(standard_promotion: None) -> None:
+    # Standard promotion for Optax's schedules.
+    for schedule in (
+        optax.warmup_cosine_decay_schedule(0.1, 0.2, 1, 3),
+        optax.piecewise_constant_schedule(0.1, {1: 0.5}),
     ):
-        make().init(params)
+        everywhere = dict.fromkeys(("lam", "tau", "weight_decay"), schedule)
+        assert_finite(train(adam3w(schedule, **everywhere), A, [A] * 4)[0])
 
 
-@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
-def test_gradients_of_other_types_are_refused(dtype: Any) -> None:
-    optimizer = scale_by_adam3()
-    state = optimizer.init({"w": PARAMS})
-    with pytest.raises(ValueError, match=r"^updates\['w'\] must be .* got "):
-        optimizer.update({"w": PARAMS.astype(dtype)}, state)
-
-
-def test_gradients_that_do_not_fit_the_state() -> None:
-    optimizer = scale_by_adam3()
-    state = optimizer.init({"w": PARAMS})
-    with pytest.raises(ValueError, match=r"^updates\['w'\] has shape \(2,\)"):
-        optimizer.update({"w": PARAMS[:2]}, state)
-    with pytest.raises(ValueError, match="does not fit the state's m"):
-        optimizer.update({"v": PARAMS}, state)
-
-
-def test_weight_decay_needs_parameters() -> None:
-    optimizer = adam3w()
-    with pytest.raises(ValueError, match="params"):
-        optimizer.update(PARAMS, optimizer.init(PARAMS))
+def test_injected_into_bfloat16() -> None:
+    # Injected numbers take the parameters' type, in which b2 = .999 is 1.
+    params = jnp.asarray([0.5, -1.25, 3.0], BF16)
+    with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
+        first_step(optax.inject_hyperparams(adam3w)(0.1), params)
+    # With the remedy the updates are those of the plain optimizer.
+    inject = optax.inject_hyperparams(adam3w, hyperparam_dtype=F32)
+    got, state = train(inject(0.1), params, [params] * 2)
+    want, _ = train(adam3w(0.1), params, [params] * 2)
+    assert_close(got, want, rtol=2.0**-7)
+    assert {x.dtype for x in state.hyperparams.values()} == {jnp.dtype(F32)}
 
 
 # The warning of a blow-up. Each test has decays of its own, for one is given once.
 
 
-@FACTORIES
+@pytest.mark.parametrize("factory", [scale_by_adam3, adam3, adam3w])
 def test_blow_up_warns_once_at_the_users_line(factory: Any) -> None:
     b3 = {"scale_by_adam3": 0.991, "adam3": 0.992, "adam3w": 0.993}[factory.__name__]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        factory(b2=0.95, b3=b3)
-        factory(b2=0.95, b3=b3)
-        factory(b2=0.95, b3=b3, third_moment="stabilized")
+        for _ in range(2):
+            for form in UNBOUNDED:
+                factory(b2=0.95, b3=b3, third_moment=form)
     (warning,) = caught
     assert warning.category is adam3_optax.BlowUpWarning
     assert warning.filename == __file__
@@ -215,33 +312,36 @@ def test_blow_up_warns_once_at_the_users_line(factory: Any) -> None:
 
 def test_blow_up_warns_when_errors_are_wanted_each_time() -> None:
     for _ in range(2):
-        with pytest.raises(BlowUpWarning, match=r"b3 = 0\.994"):
-            adam3(b2=0.95, b3=0.994)
+        for form in UNBOUNDED:
+            with pytest.raises(BlowUpWarning, match=r"b3 = 0\.994"):
+                scale_by_adam3(b2=0.95, b3=0.994, third_moment=form)
 
 
-def test_blow_up_warns_once_over_rebuilds_at_traces() -> None:
+@pytest.mark.parametrize(("static", "b3"), [((), 0.995), (("b2", "b3"), 0.9955)])
+def test_blow_up_warns_once_over_rebuilds_at_traces(static: Any, b3: float) -> None:
+    # `optax.inject_hyperparams` builds the optimizer anew at each of them.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = optax.inject_hyperparams(adam3, static_args=("b2", "b3"))(
-            learning_rate=lambda count: 0.1, b2=0.95, b3=0.995
+        optimizer = optax.inject_hyperparams(adam3, static_args=static)(
+            learning_rate=lambda count: 0.1, b2=0.95, b3=b3
         )
-        state = optimizer.init(PARAMS)
-        for size in (1, 2, 3):  # three traces
-            _, _ = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
-            jax.jit(optimizer.init)(PARAMS[:size])
+        state = optimizer.init(A)
+        optimizer.update(A, state, A)
+        for size in (1, 2):
+            jax.eval_shape(optimizer.update, A, state, A)
+            jax.eval_shape(optimizer.init, A[:size])
     assert [w.category for w in caught] == [BlowUpWarning]
     assert caught[0].filename == __file__
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"b2": 0.95, "b3": 0.95**0.5},
-        {"b2": 0.95, "b3": jnp.float32(0.95**0.5)},
-        {"b2": 0.95, "b3": 0.996, "third_moment": "standardized"},
-        {"b2": 0.95, "b3": 0.996, "lam": 0},
-    ],
-)
-def test_safe_settings_are_silent(kwargs: dict[str, Any]) -> None:
-    adam3(**kwargs)  # warnings are errors here
+@EACH_FORM
+def test_safe_settings_are_silent(form: Any) -> None:
+    for decays in ({}, SAFE, {"b2": 0.95, "b3": 0.95**0.5},
+                   {"b2": 0.95, "b3": jnp.float32(0.95**0.5)},
+                   {"b2": 0.95, "b3": 0.996, "lam": 0}):  # fmt: skip
+        scale_by_adam3(**decays, third_moment=form)  # warnings are errors here
+
+
+def test_a_bounded_term_needs_no_warning() -> None:
+    for form in BOUNDED:
+        scale_by_adam3(b2=0.95, b3=0.996, third_moment=form)

@@ -8,13 +8,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adam3_optax._rounding import random_bits, stream, to_bfloat16, to_integer
+from adam3_optax._rounding import leaf_keys, random_bits, to_bfloat16, to_integer
 
 DRAWS = 100_000
 
 
 def floats(patterns: Any) -> Any:
     return np.asarray(patterns, np.uint32).view(np.float32)
+
+
+def drawn(count: Any, leaf: int = 0, moment: int = 0) -> Any:
+    return random_bits(count, leaf_keys(leaf)[moment])
 
 
 def fixed(bits: int) -> Any:
@@ -26,7 +30,7 @@ def fixed(bits: int) -> Any:
 )
 def test_bfloat16_is_unbiased(value: float) -> None:
     x = np.float32(value)
-    rounded = to_bfloat16(jnp.full(DRAWS, x), random_bits(7, stream(3)))
+    rounded = to_bfloat16(jnp.full(DRAWS, x), drawn(7))
     draws = np.asarray(rounded, np.float64)
     gap = np.ptp(draws)
     # Two values a gap apart, drawn with chance p, have the standard error below.
@@ -50,9 +54,7 @@ def test_bfloat16_rounds_to_a_neighbour_at_every_exponent() -> None:
     above = np.where(np.isfinite(above), above, below)
     seen = []
     for step in range(40):
-        y = np.asarray(
-            to_bfloat16(jnp.asarray(x), random_bits(step, stream(0))), np.float32
-        )
+        y = np.asarray(to_bfloat16(jnp.asarray(x), drawn(step)), np.float32)
         exact = (patterns & 0xFFFF) == 0
         assert np.all((y == below) | ((y == above) & ~exact))
         seen.append(y == above)
@@ -104,9 +106,7 @@ def test_bfloat16_keeps_the_special_values() -> None:
 @pytest.mark.parametrize("power", [1, 2, 3])
 def test_integers_are_unbiased_in_the_power(power: int) -> None:
     for root in (0.0, 0.2, 0.9, 1.5, 17.3, 99.99, 126.5):
-        whole = to_integer(
-            jnp.full(DRAWS, root, jnp.float32), power, random_bits(1, stream(2))
-        )
+        whole = to_integer(jnp.full(DRAWS, root, jnp.float32), power, drawn(1))
         draws = np.asarray(whole, np.float64)
         assert set(np.unique(draws)) <= {np.floor(root), np.ceil(root)}
         powers = draws**power
@@ -128,8 +128,8 @@ def test_whole_numbers_stay() -> None:
 def test_random_bits_are_uniform_and_independent() -> None:
     x = jnp.zeros((1000, 1000))
     streams = [
-        np.asarray(random_bits(count, stream(i))(x)).ravel()
-        for count, i in [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1)]
+        np.asarray(drawn(*which)(x)).ravel()
+        for which in [(1, 0, 0), (2, 0, 0), (3, 0, 0), (1, 0, 1), (2, 0, 1)]
     ]
     for bits in streams:
         each = [np.mean(bits >> i & 1) for i in range(32)]
@@ -148,16 +148,12 @@ def test_random_bits_are_uniform_and_independent() -> None:
 
 
 def test_random_bits_depend_on_the_index_not_on_the_layout() -> None:
-    flat = random_bits(5, stream(9))(jnp.zeros(24))
-    np.testing.assert_array_equal(
-        random_bits(5, stream(9))(jnp.zeros((2, 3, 4))).ravel(), flat
-    )
-    np.testing.assert_array_equal(
-        jax.jit(random_bits(5, stream(9)))(jnp.zeros((4, 6))).ravel(), flat
-    )
-    batched = jax.vmap(random_bits(5, stream(9)))(jnp.zeros((3, 24)))
+    flat = drawn(5)(jnp.zeros(24))
+    np.testing.assert_array_equal(drawn(5)(jnp.zeros((2, 3, 4))).ravel(), flat)
+    np.testing.assert_array_equal(jax.jit(drawn(5))(jnp.zeros((4, 6))).ravel(), flat)
+    batched = jax.vmap(drawn(5))(jnp.zeros((3, 24)))
     np.testing.assert_array_equal(batched, np.tile(flat, (3, 1)))
-    assert random_bits(5, stream(9))(jnp.zeros(())).shape == ()
+    assert drawn(5)(jnp.zeros(())).shape == ()
 
 
 @pytest.mark.parametrize("power", [1, 2, 3])
@@ -170,7 +166,7 @@ def test_a_slow_decay_moves(power: int, b: float) -> None:
 
     def body(i: Any, k: Any) -> Any:
         root = k * jnp.float32(b ** (1 / power))
-        return to_integer(root, power, random_bits(i, stream(0)))
+        return to_integer(root, power, drawn(i))
 
     left = jax.lax.fori_loop(0, steps, body, start).reshape(4, 512) ** power
     kept = np.mean(left, 1) / np.asarray(start[::512]) ** power

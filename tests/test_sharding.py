@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,25 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from adam3_optax import ScaleByAdam3State, adam3w, scale_by_adam3, state_shardings
-from adam3_optax._rule import FORMS as THIRD_MOMENTS
+from tests import reference
+from tests.settings import (
+    AXES,
+    EACH_FORM,
+    EACH_STORAGE,
+    FORMS,
+    STORAGE,
+    assert_same,
+    compiles,
+    each_storage,
+    mesh_of,
+    moments,
+    on,
+    types,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "adams-memory": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
-    "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),
-    "int8": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "int8"),
-    "mixed": {"m_dtype": "int8", "v_dtype": "float32", "s_dtype": "bfloat16"},
-}
-OPTIMIZERS = {f"standardized-{name}": x for name, x in SETTINGS.items()} | {
-    f"{form}-float32": {"third_moment": form} for form in ("cubic", "stabilized")
-}
-EACH_SETTING = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-EACH_OPTIMIZER = pytest.mark.parametrize("setting", OPTIMIZERS.values(), ids=OPTIMIZERS)
-EACH_KIND = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-AXES = "data", "model"
+KINDS = [AxisType.Auto, AxisType.Explicit]
+EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 STEPS, BATCH = 20, 16
 SHAPES = {"matrix": (64, 128), "vector": (256,), "scalar": ()}
 # A shard has 32 elements at least. In smaller ones, which do not fill its vectors, the
@@ -53,19 +56,10 @@ PARAMETERS_AND_STATE = {
     "fully sharded": (BOTH, BOTH),
     "ZeRO-1": (WHOLE, ROWS),
 }
-EACH_WAY = pytest.mark.parametrize("way", PARAMETERS_AND_STATE)
 
 
-def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
-    return jax.make_mesh((4, 2), AXES, axis_types=(kind, kind))
-
-
-def on(mesh: jax.sharding.Mesh, specs: Any) -> Any:
-    return jax.tree.map(partial(NamedSharding, mesh), specs)
-
-
-def make(setting: Any) -> Any:
-    return adam3w(1e-2, weight_decay=0.1, **{"third_moment": "standardized", **setting})
+def make(storage: Any, form: Any = FORMS[-1]) -> Any:
+    return adam3w(1e-2, weight_decay=0.1, **{"third_moment": form, **storage})
 
 
 # A problem whose gradients are sums of small integers, and so the same in every order
@@ -113,7 +107,7 @@ def stack(trees: Any) -> Any:
     return jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
-def train(step: Any, carry: Any, batches: Any = BATCHES) -> Any:
+def run(step: Any, carry: Any, batches: Any = BATCHES) -> Any:
     for batch in batches:
         carry = step(*carry, batch)
     return jax.device_get(carry)
@@ -121,20 +115,7 @@ def train(step: Any, carry: Any, batches: Any = BATCHES) -> Any:
 
 def on_one_device(optimizer: Any, params: Any = PARAMS, batches: Any = BATCHES) -> Any:
     jitted = jax.jit(partial(step, optimizer))
-    return train(jitted, (params, optimizer.init(params)), batches)
-
-
-def assert_same(got: Any, want: Any) -> None:
-    structure: Any = jax.tree.structure(got)
-    assert structure == jax.tree.structure(want)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-
-def compiles(jitted: Any) -> int:
-    count: int = jitted._cache_size()
-    return count
+    return run(jitted, (params, optimizer.init(params)), batches)
 
 
 def assert_on(tree: Any, shardings: Any) -> None:
@@ -142,14 +123,26 @@ def assert_on(tree: Any, shardings: Any) -> None:
         assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.shape, x.sharding)
 
 
-# 20 steps, bit for bit.
+# 20 steps, bit for bit. Every way is tried with every format, and every form.
+
+CASES = [
+    *product(FORMS[-1:], ["mixed"], PARAMETERS_AND_STATE, KINDS),
+    *product(FORMS[-1:], ["default"], PARAMETERS_AND_STATE, [AxisType.Auto]),
+    *product(FORMS[-1:], ["int8"], ["fully sharded"], KINDS),
+    *product(FORMS[:-1], ["default"], ["fully sharded"], [AxisType.Explicit]),
+]
 
 
-@EACH_OPTIMIZER
-@EACH_WAY
-@EACH_KIND
-def test_jit_gives_the_result_of_one_device(setting: Any, way: str, kind: Any) -> None:
-    optimizer, mesh = make(setting), mesh_of(kind)
+@cache
+def expected(form: Any, name: str) -> Any:
+    return on_one_device(make(STORAGE[name], form))
+
+
+@pytest.mark.parametrize(("form", "name", "way", "kind"), CASES)
+def test_jit_gives_the_result_of_one_device(
+    form: Any, name: str, way: str, kind: Any
+) -> None:
+    optimizer, mesh = make(STORAGE[name], form), mesh_of(kind)
     specs, state_specs = PARAMETERS_AND_STATE[way]
     where = on(mesh, specs)
     where_state = state_shardings(optimizer, PARAMS, on(mesh, state_specs))
@@ -178,7 +171,7 @@ def test_jit_gives_the_result_of_one_device(setting: Any, way: str, kind: Any) -
             params, state = stepped(params, state, part)
             assert_on((params, state), (where, where_state))
     assert compiles(stepped) == 1
-    got, want = jax.device_get((params, state)), on_one_device(optimizer)
+    got, want = jax.device_get((params, state)), expected(form, name)
     assert_same(got[1], want[1])
     narrow = any(x.dtype.itemsize == 2 for x in jax.tree.leaves(want[1]))
     if narrow and kind is AxisType.Explicit and jax.__version_info__ < (0, 12):
@@ -193,9 +186,9 @@ def test_jit_gives_the_result_of_one_device(setting: Any, way: str, kind: Any) -
         assert_same(got[0], want[0])
 
 
-@EACH_OPTIMIZER
-def test_pmap_gives_the_result_of_one_device(setting: Any) -> None:
-    optimizer = make(setting)
+@each_storage("mixed")
+def test_pmap_gives_the_result_of_one_device(storage: Any) -> None:
+    optimizer = make(storage)
 
     def stepped(params: Any, state: Any, batch: Any) -> Any:
         gradients = lax.pmean(jax.grad(loss_of)(params, batch), "devices")
@@ -210,7 +203,7 @@ def test_pmap_gives_the_result_of_one_device(setting: Any) -> None:
 
         carry: Any = jax.tree.map(repeat, (PARAMS, optimizer.init(PARAMS)))
         parallel = jax.pmap(stepped, "devices", devices=jax.devices()[:count])
-        return train(parallel, carry, jax.tree.map(split, BATCHES))
+        return run(parallel, carry, jax.tree.map(split, BATCHES))
 
     # One device of `pmap`, for the compiler contracts products and sums in another way
     # in it than in `jit`. How near they are, the bound below says.
@@ -220,9 +213,9 @@ def test_pmap_gives_the_result_of_one_device(setting: Any) -> None:
         assert_same(jax.tree.map(lambda x: x[device], got), want)  # noqa: B023
 
 
-@EACH_OPTIMIZER
-def test_shard_map_over_the_batch_gives_the_result_of_one_device(setting: Any) -> None:
-    optimizer, mesh = make(setting), mesh_of(AxisType.Auto)
+@each_storage("mixed")
+def test_shard_map_over_the_batch_gives_the_result_of_one_device(storage: Any) -> None:
+    optimizer, mesh = make(storage), mesh_of(AxisType.Auto)
 
     def stepped(params: Any, state: Any, batch: Any) -> Any:
         def loss(params: Any) -> jax.Array:
@@ -232,16 +225,16 @@ def test_shard_map_over_the_batch_gives_the_result_of_one_device(setting: Any) -
 
     specs = P(), P(), P(AXES)
     mapped = jax.shard_map(stepped, mesh=mesh, in_specs=specs, out_specs=(P(), P()))
-    got = train(jax.jit(mapped), (PARAMS, optimizer.init(PARAMS)))
+    got = run(jax.jit(mapped), (PARAMS, optimizer.init(PARAMS)))
     assert_same(got, on_one_device(optimizer))
 
 
-@EACH_OPTIMIZER
-def test_shard_map_over_parameters_gives_that_of_each_shard(setting: Any) -> None:
+@each_storage("default", "mixed")
+def test_shard_map_over_parameters_gives_that_of_each_shard(storage: Any) -> None:
     # The optimizer sees a shard and no more, so the random bits of bfloat16 and int8
     # are those of the shard: the result is that of one device for each shard alone, and
     # where nothing is random, that of one device for all.
-    optimizer, mesh = make(setting), mesh_of(AxisType.Auto)
+    optimizer, mesh = make(storage), mesh_of(AxisType.Auto)
     where = state_shardings(optimizer, PARAMS, on(mesh, ROWS))
     state_specs = jax.tree.map(lambda sharding: sharding.spec, where)
 
@@ -262,7 +255,7 @@ def test_shard_map_over_parameters_gives_that_of_each_shard(setting: Any) -> Non
         in_specs=(ROWS, state_specs, P("data")),
         out_specs=(ROWS, state_specs),
     )
-    got, _ = train(jax.jit(mapped), (PARAMS, optimizer.init(PARAMS)))
+    got, _ = run(jax.jit(mapped), (PARAMS, optimizer.init(PARAMS)))
     for shard in range(4):
 
         def part(x: Any, axis: int, shard: int = shard) -> Any:
@@ -274,7 +267,7 @@ def test_shard_map_over_parameters_gives_that_of_each_shard(setting: Any) -> Non
             jax.tree.map(lambda x: part(x, 1), BATCHES),
         )
         assert_same(jax.tree.map(lambda x: part(x, 0), got), want)
-    if not any(key.endswith("dtype") for key in setting):
+    if not storage:
         assert_same(got, on_one_device(optimizer)[0])
 
 
@@ -308,7 +301,7 @@ def bound(form: Any, params: Any, batches: Any) -> tuple[Any, Any]:
     with jax.enable_x64(True):
         optimizer = scale_by_adam3(b1=B1, b2=B2, b3=B3, third_moment=form)
         start, batches = jax.tree.map(lambda x: x.astype(np.float64), (params, batches))
-        power = 1.5 if form == "stabilized" else 3.0
+        power = reference.FORMS[form].exponent
 
         def run(kicks: Any) -> Any:
             def step(carry: Any, now: Any) -> Any:
@@ -338,7 +331,7 @@ def bound(form: Any, params: Any, batches: Any) -> tuple[Any, Any]:
         return 2 * np.asarray(sum(jax.tree.leaves(apart))), np.abs(end - start)
 
 
-@pytest.mark.parametrize("form", THIRD_MOMENTS)
+@EACH_FORM
 def test_rounded_sums_stay_within_a_derived_bound(form: Any) -> None:
     rng = np.random.default_rng(1)
     start = rng.normal(size=256).astype(np.float32)
@@ -362,11 +355,11 @@ def test_rounded_sums_stay_within_a_derived_bound(form: Any) -> None:
         return descend(gradient, params, state, batch)
 
     state = optimizer.init(start)
-    want, _ = train(jax.jit(stepped), (start, state), batches)
+    want, _ = run(jax.jit(stepped), (start, state), batches)
     split = batches.reshape(STEPS, 2, 8, EXAMPLES // 8, 256).swapaxes(1, 2)
     carry: Any = jax.tree.map(lambda x: np.stack([x] * 8), (start, state))
     pmapped = jax.pmap(partial(averaged, "devices"), "devices")
-    found = {"pmap": train(pmapped, carry, split)[0][0]}
+    found = {"pmap": run(pmapped, carry, split)[0][0]}
     mesh = mesh_of(AxisType.Auto)
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXES))
     mapped = jax.shard_map(
@@ -376,7 +369,7 @@ def test_rounded_sums_stay_within_a_derived_bound(form: Any) -> None:
         out_specs=P(),
         check_vma=False,
     )
-    found["shard_map"] = train(jax.jit(mapped), (start, state), batches)[0]
+    found["shard_map"] = run(jax.jit(mapped), (start, state), batches)[0]
     batches = jax.device_put(batches, NamedSharding(mesh, P(None, None, AXES)))
     for way, p, s in (
         ("data parallel", whole, whole),
@@ -386,7 +379,7 @@ def test_rounded_sums_stay_within_a_derived_bound(form: Any) -> None:
         where = p, state_shardings(optimizer, start, s)
         placed = jax.device_put((start, state), where)
         jitted = jax.jit(stepped, out_shardings=where)
-        found[way] = train(jitted, placed, batches)[0]
+        found[way] = run(jitted, placed, batches)[0]
     for way, got in found.items():
         ratio = np.max(np.abs(got - want) / allowed)
         print(way, "differs by", np.max(np.abs(got - want)), "of the bound:", ratio)
@@ -396,10 +389,10 @@ def test_rounded_sums_stay_within_a_derived_bound(form: Any) -> None:
 # Where the state lies.
 
 
-@EACH_SETTING
+@EACH_STORAGE
 @EACH_KIND
-def test_state_follows_the_parameters_unasked(setting: Any, kind: Any) -> None:
-    optimizer, mesh = make(setting), mesh_of(kind)
+def test_state_follows_the_parameters_unasked(storage: Any, kind: Any) -> None:
+    optimizer, mesh = make(storage), mesh_of(kind)
     where = on(mesh, BOTH)
     where_state = state_shardings(optimizer, PARAMS, where)
     with jax.set_mesh(mesh):
@@ -408,8 +401,40 @@ def test_state_follows_the_parameters_unasked(setting: Any, kind: Any) -> None:
         jitted = jax.jit(optimizer.init)(params)
         if kind is AxisType.Explicit:
             assert_on(jitted, where_state)
+            assert types(jitted) == types(optimizer.init(params))
         else:  # why there is `state_shardings`
             assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(jitted))
+        # An update leaves it there, compiled or not.
+        state = optimizer.init(params)
+        for update in (optimizer.update, jax.jit(optimizer.update)):
+            updates, after = update(params, state, params)
+            assert_on((updates, after[0][:3]), (where, where_state[0][:3]))
+            if kind is AxisType.Explicit:
+                assert types((updates, after)) == types((params, state))
+
+
+def test_explicit_shardings_need_no_mesh_context() -> None:
+    # There the count, which belongs to no mesh, becomes replicated; the moments follow
+    # the parameters. A state made before can be carried through a scan.
+    optimizer = adam3w()
+    sharding = on(mesh_of(AxisType.Explicit), P(None, "data"))
+    params = jax.device_put(jnp.ones((2, 8)), sharding)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def scanned(state: Any, params: Any) -> Any:
+        def step(state: Any, _: None) -> tuple[Any, None]:
+            return optimizer.update(params, state, params)[1], None
+
+        return lax.scan(step, state, length=2)[0]
+
+    for after in (
+        state,
+        scanned(state, params),
+        scanned(scanned(state, params), params),
+    ):
+        for moment in moments(after):
+            assert types(moment) == types(params)
 
 
 WRAPPED: dict[str, Any] = {
@@ -432,20 +457,18 @@ WRAPPED: dict[str, Any] = {
 }
 
 
-def make_injected(setting: Any) -> Any:
-    schedule = optax.linear_schedule(1e-2, 0.0, 10)
-    return optax.inject_hyperparams(adam3w)(schedule, **setting)
-
-
-@EACH_SETTING
-@pytest.mark.parametrize("wrapped", [*WRAPPED, "injected"])
-def test_state_shardings(setting: Any, wrapped: str, standard_promotion: None) -> None:
+@pytest.mark.parametrize(
+    ("wrapped", "name"),
+    [*product([*WRAPPED, "injected"], ["mixed"]), *product(["adam3w"], STORAGE)],
+)
+def test_state_shardings(wrapped: str, name: str, standard_promotion: None) -> None:
     # `standard_promotion`, for Optax's schedules need it.
-    optimizer: Any
+    storage = STORAGE[name]
     if wrapped == "injected":
-        optimizer = make_injected(setting)
+        schedule = optax.linear_schedule(1e-2, 0.0, 10)
+        optimizer: Any = optax.inject_hyperparams(adam3w)(schedule, **storage)
     else:
-        optimizer = WRAPPED[wrapped](make(setting))
+        optimizer = WRAPPED[wrapped](make(storage))
     mesh = mesh_of(AxisType.Auto)
     where = on(mesh, BOTH)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
@@ -466,7 +489,7 @@ def test_state_shardings(setting: Any, wrapped: str, standard_promotion: None) -
         sharding = NamedSharding(mesh, expected[x.shape])
         assert x.sharding.is_equivalent_to(sharding, x.ndim), x.shape
     assert seen[64, 128] >= 3
-    assert seen[64, 1] == [*setting.values()].count("int8")
+    assert seen[64, 1] == [*storage.values()].count("int8")
     # An update leaves it there, and compiles once.
     stepped = jax.jit(optimizer.update, out_shardings=(where, found))
     for _ in range(2):
@@ -477,7 +500,7 @@ def test_state_shardings(setting: Any, wrapped: str, standard_promotion: None) -
 
 def test_state_shardings_of_other_inputs() -> None:
     mesh = mesh_of(AxisType.Explicit)
-    optimizer = make(SETTINGS["int8"])
+    optimizer = make(STORAGE["int8"])
     whole = NamedSharding(mesh, P())
     where = on(mesh, BOTH)
     found = state_shardings(optimizer, PARAMS, where)
@@ -531,8 +554,8 @@ def test_state_shardings_refuses() -> None:
 
 def test_bytes_of_state_on_each_device() -> None:
     mesh = mesh_of(AxisType.Auto)
-    for setting, bytes_each in (({}, 12), (SETTINGS["int8"], 3 + 3 * 4 / 128)):
-        optimizer = make(setting)
+    for storage, bytes_each in (({}, 12), (STORAGE["int8"], 3 + 3 * 4 / 128)):
+        optimizer = make(storage)
         params = jax.device_put(jnp.ones((64, 128)), on(mesh, P(AXES)))
         where = state_shardings(optimizer, params, params.sharding)
         state = jax.jit(optimizer.init, out_shardings=where)(params)
@@ -564,9 +587,9 @@ def collectives(compiled: str) -> Counter[str]:
     return found
 
 
-def compiled_update(setting: Any, kind: Any, specs: Any, state_specs: Any) -> str:
+def compiled_update(storage: Any, kind: Any, specs: Any, state_specs: Any) -> str:
     """Returns the program that applies gradients, lying where the parameters do."""
-    optimizer, mesh = make(setting), mesh_of(kind)
+    optimizer, mesh = make(storage), mesh_of(kind)
     where = on(mesh, specs)
     where_state = state_shardings(optimizer, PARAMS, on(mesh, state_specs))
 
@@ -584,29 +607,29 @@ def compiled_update(setting: Any, kind: Any, specs: Any, state_specs: Any) -> st
         return jitted.lower(params, state, params).compile().as_text() or ""
 
 
-@EACH_SETTING
+@each_storage("int8", "mixed")
 @EACH_KIND
 @pytest.mark.parametrize("specs", [ROWS, COLUMNS, BOTH])
 def test_sharded_updates_need_no_collective(
-    setting: Any, kind: Any, specs: Any
+    storage: Any, kind: Any, specs: Any
 ) -> None:
     # None but for int8 whose rows are cut: a scale is the largest root of its row. So
     # for each moment in int8 and each leaf with scales (here: the matrix), one maximum.
-    found = collectives(compiled_update(setting, kind, specs, specs))
+    found = collectives(compiled_update(storage, kind, specs, specs))
     cut = specs in (COLUMNS, BOTH)
-    maxima = [*setting.values()].count("int8") if cut else 0
+    maxima = [*storage.values()].count("int8") if cut else 0
     assert found == ({"all-reduce": maxima} if maxima else {})
 
 
-@EACH_SETTING
+@each_storage("int8", "mixed")
 @EACH_KIND
 @pytest.mark.parametrize("state_specs", [ROWS, COLUMNS])
 def test_zero_1_gathers_each_leaf_once(
-    setting: Any, kind: Any, state_specs: Any
+    storage: Any, kind: Any, state_specs: Any
 ) -> None:
     # The matrix and the vector; the scalar's state is replicated.
-    found = collectives(compiled_update(setting, kind, WHOLE, state_specs))
-    maxima = [*setting.values()].count("int8") if state_specs is COLUMNS else 0
+    found = collectives(compiled_update(storage, kind, WHOLE, state_specs))
+    maxima = [*storage.values()].count("int8") if state_specs is COLUMNS else 0
     assert found.pop("all-reduce", 0) == maxima
     assert found == {"all-gather": 2}
 
@@ -638,7 +661,7 @@ def test_the_guides_code_runs_from_top_to_bottom() -> None:
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
-def run(folder: Path, example: str) -> list[str]:
+def printed(folder: Path, example: str) -> list[str]:
     """Returns the lines that an example prints, which must complain of nothing."""
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "examples" / example)],
@@ -652,16 +675,18 @@ def run(folder: Path, example: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_data_parallel_example(tmp_path: Path) -> None:
-    *progress, parameter, last = run(tmp_path, "data_parallel.py")
+    *progress, parameter, last = printed(tmp_path, "data_parallel.py")
     losses = [re.sub(r"devices: \d, ", "", line) for line in progress]
     assert losses[:2] == losses[2:]
     assert "['key']['bias']" in parameter
     assert 0 < float(last.split(": ")[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_fully_sharded_example(tmp_path: Path) -> None:
-    *progress, size, last = run(tmp_path, "fully_sharded.py")
+    *progress, size, last = printed(tmp_path, "fully_sharded.py")
     losses = [float(line.split("loss ")[1]) for line in progress]
     assert len(losses) == 3
     assert max(losses) < 4  # of 4.6 at the start

@@ -1,4 +1,4 @@
-"""How moments rest: types, bytes, the quantiser against an oracle, and its invariants.
+"""How moments are stored: the quantiser against an oracle, and its invariants.
 
 The invariants of 8-bit rows, each with its number in a test below:
   1. A row of zeros stays a row of zeros.
@@ -22,27 +22,42 @@ from hypothesis.extra import numpy as hnp
 
 import adam3_optax
 from adam3_optax import _rule, _storage, scale_by_adam3
-from adam3_optax._rounding import random_bits, stream
+from adam3_optax._rounding import leaf_keys, random_bits
+from adam3_optax._storage import Int8, format_for
+from tests.settings import EACH_FORM, STORAGE, each_storage
 
 MOMENTS = pytest.mark.parametrize("moment", ["m", "v", "s"])
 POWER = {"m": 1, "v": 2, "s": 3}
 LARGEST = {"m": 127, "v": 255, "s": 127}
-ALL = {
-    setting: dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), setting)
-    for setting in (None, "float32", "bfloat16", "int8")
-}
+EACH_ROUNDED = each_storage("bfloat16", "int8")
 
 
-def store(moment: str, x: Any, seed: int = 0) -> Any:
+def bits(count: Any, leaf: int = 0, moment: int = 0) -> Any:
+    return random_bits(count, leaf_keys(leaf)[moment])
+
+
+def zeros(f: Any, x: Any) -> Any:
+    """Returns a stored array of zeros."""
+    (stored,) = f.split(jax.tree.structure(0), f.zeros(x))
+    return stored
+
+
+def store(moment: str, x: Any, seed: int = 0) -> Int8:
     """Returns an array as 8-bit rows."""
-    f = _storage.resting(moment, "int8")
-    x = jnp.asarray(x, jnp.float32)
-    (rest,) = f.split(jax.tree.structure(0), f.zeros(x))
-    return jax.tree.map(np.asarray, f.store(x, rest, random_bits(seed, stream(0))))
+    f, x = format_for(moment, "int8"), jnp.asarray(x, jnp.float32)
+    return Int8(*map(np.asarray, f.store(x, zeros(f, x), bits(seed))))
 
 
-def load(moment: str, rest: Any) -> Any:
-    return np.asarray(_storage.resting(moment, "int8").load(rest), np.float64)
+def load(moment: str, stored: Int8) -> Any:
+    return np.asarray(format_for(moment, "int8").load(tuple(stored)), np.float64)
+
+
+def loaded(name: str, state: Any, treedef: Any = None) -> list[Any]:
+    """Returns the leaves of a moment of a state, as the rule sees them."""
+    field = getattr(state, name)
+    f = _storage.format_of(name, field)
+    treedef = jax.tree.structure(0) if treedef is None else treedef
+    return [np.asarray(f.load(x), np.float64) for x in f.split(treedef, field)]
 
 
 def oracle(moment: str, row: Any) -> Any:
@@ -117,7 +132,10 @@ def test_the_chances_are_right_in_the_moment() -> None:
     roots = rng.normal(size=(4, 64)) * rng.choice([0.3, 1.0, 3.0], (4, 64))
     for moment in ("m", "v", "s"):
         x = moment_of(moment, roots).astype(np.float32)
-        draws = np.stack([load(moment, store(moment, x, i)) for i in range(2000)])
+        f = format_for(moment, "int8")
+        old, seeds = zeros(f, jnp.asarray(x)), jnp.arange(2000)
+        many = jax.vmap(lambda seed: f.load(f.store(jnp.asarray(x), old, bits(seed))))  # noqa: B023
+        draws = np.asarray(jax.jit(many)(seeds), np.float64)
         power, size = POWER[moment], np.abs(x.astype(np.float64))
         scale = np.max(size, 1, keepdims=True) ** (1 / power) / LARGEST[moment]
         k = np.floor(size ** (1 / power) / scale)
@@ -128,7 +146,7 @@ def test_the_chances_are_right_in_the_moment() -> None:
         assert np.all(close | ((moment == "v") & (k == 0)))  # those rise to code 1
 
 
-@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
+@EACH_ROUNDED
 @pytest.mark.parametrize(
     ("spread", "largest_update", "bounds"),
     [
@@ -137,7 +155,7 @@ def test_the_chances_are_right_in_the_moment() -> None:
     ],
 )
 def test_slow_averages_move(
-    setting: str,
+    storage: Any,
     spread: float,
     largest_update: float,
     bounds: dict[str, float],
@@ -146,7 +164,7 @@ def test_slow_averages_move(
     # b = .999, constant-mean noise, 3,000 steps, 16,384 elements: of equal scale, and
     # of scales whose logarithms have a standard deviation of 1. Against float64.
     shape = (64, 256)
-    ours, exact = scale_by_adam3(**ALL[setting]), scale_by_adam3()
+    ours, exact = scale_by_adam3(**storage), scale_by_adam3()
     keys = jax.random.split(jax.random.key(1), 3001)
     scale = jnp.exp(spread * jax.random.normal(keys[0], shape, jnp.float32))
 
@@ -160,23 +178,21 @@ def test_slow_averages_move(
     assert states[1].v.dtype == jnp.float64
     (low, full), largest = jax.jit(lambda s: jax.lax.scan(step, s, keys[1:]))(states)
     for moment, bound in bounds.items():
-        f = _storage.resting(moment, setting)
-        (rest,) = f.split(jax.tree.structure(0), getattr(low, moment))
         unit = np.asarray(scale, np.float64) ** POWER[moment]
-        got = np.asarray(f.load(rest), np.float64) / unit
+        got = loaded(moment, low)[0] / unit
         ratio = np.mean(got) / np.mean(getattr(full, moment) / unit)
-        print(f"{setting}, log-spread {spread}: bias of {moment} {ratio - 1:+.4f}")
+        print(storage, f"log-spread {spread}: bias of {moment} {ratio - 1:+.4f}")
         assert abs(ratio - 1) < bound
     ours_largest, exact_largest = (float(np.max(x)) for x in largest)
     assert ours_largest < largest_update * exact_largest
 
 
-@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
-def test_pure_decay(setting: str) -> None:
+@EACH_ROUNDED
+def test_pure_decay(storage: Any) -> None:
     # 1,000 steps without gradient, but for the first element of each row, which goes on
     # receiving one and holds the scale up.
     shape = (64, 256)
-    optimizer = scale_by_adam3(**ALL[setting])
+    optimizer = scale_by_adam3(**storage)
     state = optimizer.init(jnp.zeros(shape))
     rng = np.random.default_rng(0)
     g = jnp.asarray(rng.normal(size=shape) + 2.0, jnp.float32)
@@ -188,23 +204,21 @@ def test_pure_decay(setting: str) -> None:
             lambda s, _: (optimizer.update(lone, s)[1], None), s, None, 1000
         )[0]
     )
+    end = step(state)
     for moment in ("v", "s"):
-        f = _storage.resting(moment, setting)
-        (before,) = f.split(jax.tree.structure(0), getattr(state, moment))
-        (after,) = f.split(jax.tree.structure(0), getattr(step(state), moment))
-        ratio = np.mean(f.load(after)[:, 1:]) / np.mean(f.load(before)[:, 1:])
+        before, after = (loaded(moment, x)[0][:, 1:] for x in (state, end))
+        ratio = np.mean(after) / np.mean(before)
         assert abs(ratio / 0.999**1000 - 1) < 0.05
 
 
-@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
+@EACH_ROUNDED
 @pytest.mark.parametrize("b1", [0.9, 0.99])
-def test_what_gets_no_gradient_comes_to_rest(setting: str, b1: float) -> None:
+def test_what_gets_no_gradient_comes_to_rest(storage: Any, b1: float) -> None:
     # Half the columns get gradients for 20 steps and then none, the others go on. A
     # moment that froze would move the first half for ever, and ever faster.
     shape, dead = (16, 64), jnp.arange(64) >= 32
     moved = {}
-    for name in (None, setting):
-        kinds: Any = dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), name)
+    for name, kinds in (("wide", {}), ("narrow", storage)):
         optimizer = scale_by_adam3(b1=b1, third_moment="standardized", **kinds)
 
         def body(carry: Any, i: Any, optimizer: Any = optimizer) -> Any:
@@ -219,13 +233,13 @@ def test_what_gets_no_gradient_comes_to_rest(setting: str, b1: float) -> None:
         (at, _), largest = run((zeros, optimizer.init(zeros)))
         moved[name] = np.abs(np.asarray(at)[:, 32:])
         assert np.max(largest[-100:]) < 0.2
-    assert moved[setting].mean() < 1.5 * moved[None].mean()
-    assert moved[setting].max() < 3 * moved[None].max()
+    assert moved["narrow"].mean() < 1.5 * moved["wide"].mean()
+    assert moved["narrow"].max() < 3 * moved["wide"].max()
 
 
 def test_which_leaves_have_codes() -> None:
     # And what rests in float32 costs no more than float32.
-    optimizer = scale_by_adam3(**ALL["int8"])
+    optimizer = scale_by_adam3(**STORAGE["int8"])
     for shape, coded in {
         (): False,
         (64,): False,
@@ -242,48 +256,32 @@ def test_which_leaves_have_codes() -> None:
             assert scale.shape == ((*shape[:-1], 1) if coded else (1,) * len(shape))
 
 
-@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
-def test_the_rounding_differs_by_leaf_moment_and_step(setting: str) -> None:
-    # Leaves and moments that hold the same numbers, halfway between two neighbours.
-    f = _storage.resting("m", setting)
-    treedef: Any = jax.tree.structure(0)
-    x = jnp.full((64, 64), 1 + 2.0**-8).at[:, 0].set(2.5)
-    (rest,) = f.split(treedef, f.zeros(x))
-    drawn = {
-        identity: np.asarray(
-            f.load(f.store(x, rest, random_bits(identity[0], stream(identity[1]))))
-        )[:, 1:]
-        for identity in [(1, 0), (2, 0), (3, 0), (1, 1), (1, 2), (1, 3)]
-    }
-    first = drawn.pop((1, 0))
-    assert len(np.unique(first)) == 2
-    for identity, other in drawn.items():
-        assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.08, identity
-
-
-@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
-def test_the_optimizer_draws_apart(setting: str) -> None:
+@EACH_ROUNDED
+def test_the_optimizer_draws_apart(storage: Any) -> None:
     # One number a row holds the scale up; the others are alike in all three moments.
-    # And m is so small that its rounding does not show in g - m, and so in s.
-    optimizer = scale_by_adam3(b1=1 - 2**-14, b2=0.5, b3=0.5, **ALL[setting])
+    # And m is so small that its rounding does not show in g - m, and so in s. At the
+    # second step, with the same gradient, what differs from the first is the rounding.
+    optimizer = scale_by_adam3(b1=1 - 2**-14, b2=0.5, b3=0.5, **storage)
     g = jnp.full((64, 64), 1.0034).at[:, 0].set(2.5)
-    _, state = optimizer.update({"a": g, "b": g}, optimizer.init({"a": g, "b": g}))
+    treedef: Any = jax.tree.structure({"a": 0, "b": 0})
     masks = []
-    for name in "mvs":
-        f = _storage.resting(name, setting)
-        treedef: Any = jax.tree.structure({"a": 0, "b": 0})
-        for rest in f.split(treedef, getattr(state, name)):
-            x = np.asarray(f.load(rest))[:, 1:]
-            masks.append((x > x.mean()).ravel())
+    for count in (0, 1):
+        state = optimizer.init({"a": g, "b": g})._replace(count=jnp.int32(count))
+        _, state = optimizer.update({"a": g, "b": g}, state)
+        for name in "mvs":
+            for x in loaded(name, state, treedef):
+                x = x[:, 1:]
+                masks.append((x > x.mean()).ravel())
+    assert len(masks) == 12
     for i, a in enumerate(masks):
         assert 0 < a.mean() < 1
         for b in masks[:i]:
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.08
 
 
-@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
-def test_derivatives_stop_at_narrow_state(setting: str) -> None:
-    optimizer, wide = scale_by_adam3(**ALL[setting]), scale_by_adam3()
+@EACH_ROUNDED
+def test_derivatives_stop_at_narrow_state(storage: Any) -> None:
+    optimizer, wide = scale_by_adam3(**storage), scale_by_adam3()
 
     def second_update(optimizer: Any, first: Any, second: Any) -> Any:
         _, state = optimizer.update(first, optimizer.init(first))
@@ -297,44 +295,45 @@ def test_derivatives_stop_at_narrow_state(setting: str) -> None:
     np.testing.assert_allclose(second, expected, rtol=0.2)
 
 
-@pytest.mark.parametrize("third_moment", _rule.THIRD_MOMENTS)
-@pytest.mark.parametrize("setting", ["bfloat16", "int8"])
-def test_the_update_is_that_of_the_moments_at_rest(
-    third_moment: Any, setting: str
-) -> None:
-    h = _rule.Hyperparameters(0.9, 0.99, 0.98, 0.5, 1.0, 1e-8, 0.0)
-    optimizer = scale_by_adam3(*h, third_moment=third_moment, **ALL[setting])
-    formats = [_storage.resting(name, setting) for name in "mvs"]
+@EACH_FORM
+@EACH_ROUNDED
+def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> None:
+    b: Any = _rule.Moments(0.9, 0.99, 0.98)
+    h = _rule.Hyperparameters(b, 0.5, 1.0, 1e-8, 0.0)
+    make: Any = scale_by_adam3
+    optimizer = make(*b, *h[1:], third_moment=form, **storage)
+    f = format_for("s", storage["s_dtype"])
+    record = _rule.FORMS[form]
     rng = np.random.default_rng(0)
     state: Any = optimizer.init(jnp.zeros((8, 32)))
     for count in range(1, 6):
         g = jnp.asarray(rng.normal(size=(8, 32)), jnp.float32)
-        before = formats[2].load(state.s)
+        (before,) = loaded("s", state)
         updates, state = optimizer.update(g, state)
-        m, v, s = (f.load(x) for f, x in zip(formats, state[:3], strict=True))
+        m, v, s = (jnp.asarray(loaded(x, state)[0], jnp.float32) for x in "mvs")
         k = _rule.coefficients(h, jnp.int32(count), jnp.float32)
-        expected = _rule.direction(m, v, s, k, third_moment)
+        expected = _rule.direction(m, v, record.term(v, s, k), k)
         np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
-        # And s is about the m that rests: seldom does an ulp turn the rounding.
-        s_t = _rule.update_s(g, m, before, k, third_moment)
-        bits = random_bits(count, stream(2))
-        kept = formats[2].load(formats[2].store(s_t, state.s, bits))
+        # And s is about the stored m: seldom does an ulp turn the rounding.
+        s_t = _rule.update_s(g, m, jnp.asarray(before, jnp.float32), k, record)
+        kept = f.load(f.store(s_t, zeros(f, g), bits(count, 0, 2)))
         assert np.mean(np.isclose(kept, s, rtol=1e-4, atol=0)) > 0.97
 
 
 def test_a_format_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Truncated(_storage.Float):
-        """At rest in float16, the root of v in units of 1/1024."""
+    class Truncated(_storage.Wide):
+        """Stored in float16, the root of v in units of 1/1024."""
 
         dtypes = (jnp.float16,)
 
-        def load(self, rest: Any) -> jax.Array:
-            return (rest.astype(jnp.float32) / 1024) ** 2
+        def load(self, stored: Any) -> jax.Array:
+            return (stored[0].astype(jnp.float32) / 1024) ** 2
 
-        def store(self, x: jax.Array, rest: Any, bits: Any) -> Any:
-            return (jnp.sqrt(x) * 1024).astype(jnp.float16)
+        def store(self, x: jax.Array, old: Any, bits: Any) -> Any:
+            return ((jnp.sqrt(x) * 1024).astype(jnp.float16),)
 
-    monkeypatch.setitem(_storage.FORMATS, "float16", Truncated)
+    monkeypatch.setitem(_storage.SETTINGS, "float16", Truncated)
+    monkeypatch.setattr(_storage, "FORMATS", (*_storage.FORMATS, Truncated))
     params = jnp.linspace(0.1, 1.0, 32).reshape(2, 16)
     new, old = scale_by_adam3(v_dtype="float16"), scale_by_adam3()
     (_, low), (_, full) = (o.update(params, o.init(params)) for o in (new, old))
