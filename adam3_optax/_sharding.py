@@ -6,6 +6,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adam3_optax._boxes import opened
+
 
 def state_shardings(
     optimizer: optax.GradientTransformation, params: optax.Params, shardings: Any
@@ -105,6 +107,8 @@ def _check(path: Any, param: Any, sharding: Any) -> None:
 
 def _beside(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
     """Returns the sharding of a leaf of the state that belongs to a parameter."""
+    # A leaf without a box may belong to a parameter in a box.
+    param, sharding = opened((param, sharding))
     if _is_masked(leaf) or leaf.shape == param.shape:
         return leaf if _is_masked(leaf) else sharding
     axes: list[Any] = []

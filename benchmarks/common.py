@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "optax.adam"
 RATE = 1e-3
 DTYPES = ("float32", "bfloat16")
-FORMS: tuple[adam3_optax.ThirdMoment, ...] = ("cubic", "stabilized", "standardized")
-SETTINGS: dict[str, dict[str, Any]] = {  # how m, v and s rest
+FORMS: tuple[adam3_optax.ThirdMoment, ...] = get_args(adam3_optax.ThirdMoment)
+SETTINGS: dict[str, dict[str, Any]] = {  # how m, v and s are stored
     "float32": {},
     "bfloat16 m, s": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
     "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),

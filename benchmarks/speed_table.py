@@ -15,7 +15,7 @@ ARMS = (
     "optax.contrib.ademamix",
     *(
         f"adam3 {form}, {state}"
-        for form in ("cubic", "stabilized", "standardized")
+        for form in common.FORMS
         for state in ("float32", "bfloat16 m, s", "bfloat16", "int8")
     ),
     "optax.flatten(adam3 cubic, float32)",

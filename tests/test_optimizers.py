@@ -48,14 +48,14 @@ def test_float64_follows_the_reference(form: Any, x64: None) -> None:
 
 @each_storage("default", "mixed")
 def test_adam3_is_adam3w_without_decay(storage: Any) -> None:
-    # Each argument unlike its default and the others, and by its place.
+    # Each argument unlike its default and the others.
     numbers = (0.3, 0.5, 0.8, 0.6, 0.4, 0.2, 1e-3, 1e-4)
     names = list(inspect.signature(adam3).parameters)[: len(numbers)]
     assert names[0] == "learning_rate"
-    decayless: Any = dict(zip(names, numbers, strict=True)) | {"weight_decay": 0.0}
+    chosen: Any = dict(zip(names, numbers, strict=True))
     other = {"third_moment": FORMS[-1], **storage}  # the default is the first
-    got = train(adam3(*numbers, **other))
-    want = train(adam3w(**decayless, **other))
+    got = train(adam3(**chosen, **other))
+    want = train(adam3w(**chosen, weight_decay=0.0, **other))
     assert_close(got[0], want[0])
     assert types(got[1][0]) == types(want[1][0])
 

@@ -44,7 +44,8 @@ def skewed_gradients(steps: int, size: int, seed: int = 0) -> Any:
 
 
 def make(h: Setting) -> optax.GradientTransformationExtraArgs:
-    return scale_by_adam3(*h[1:], third_moment=h.third_moment)  # type: ignore[arg-type]
+    chosen: Any = h._asdict()
+    return scale_by_adam3(**chosen)
 
 
 def run(

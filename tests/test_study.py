@@ -310,7 +310,7 @@ def test_halves_of_a_batch_agree_where_the_skewness_is_real() -> None:
     arms = part("arms")
     h = {"b1": 0.9, "b2": 0.99, "b3": 0.99, "lam": 0.0, "tau": 1.0, "eps": 1e-8}
     rule = adam3_optax.scale_by_adam3(
-        h["b1"], h["b2"], h["b3"], third_moment="standardized"
+        h["b1"], h["b2"], b3=h["b3"], third_moment="standardized"
     )
     rng = np.random.default_rng(0)
     noise = jnp.asarray(rng.exponential(size=(600, 2, 64)) - 1, jnp.float32)

@@ -22,6 +22,9 @@ ADAM3 = {**ADAM, "b3": 0.999, "lam": 0.01, "tau": 1.0}
 MULTIPLICATIVE = {**ADAM3, "lam": 0.3, "tau": 10.0}
 
 
+NUMBERS = ("b1", "b2", "b3", "lam", "tau", "eps")  # hyperparameters of AdaM3
+
+
 class Setting(NamedTuple):
     """What a rule may depend on.
 
@@ -91,8 +94,8 @@ def _adam3(form: _rule.ThirdMoment, sign: float = 1.0) -> Callable[[Setting], An
 
     def make(x: Setting) -> optax.GradientTransformation:
         h = x.h
-        moments = h["b1"], h["b2"], h["b3"], sign * h["lam"], h["tau"], h["eps"]
-        return scale_by_adam3(*moments, third_moment=form)
+        chosen = {name: h[name] for name in NUMBERS} | {"lam": sign * h["lam"]}
+        return scale_by_adam3(**chosen, third_moment=form)
 
     return make
 
@@ -134,9 +137,8 @@ def _fading(x: Setting) -> optax.GradientTransformation:
     def lam(count: jax.Array) -> jax.Array:
         return h["lam"] * fading(count)
 
-    return scale_by_adam3(
-        h["b1"], h["b2"], h["b3"], lam, h["tau"], h["eps"], third_moment="standardized"
-    )
+    chosen: Any = {name: h[name] for name in NUMBERS} | {"lam": lam}
+    return scale_by_adam3(**chosen, third_moment="standardized")
 
 
 def _ends(x: Setting) -> optax.GradientTransformation:
@@ -191,7 +193,8 @@ def _by_direction(direction: Direction) -> Callable[[Setting], Any]:
 def random_sign(m: Any, v: Any, s: Any, k: Any, key: Any) -> jax.Array:
     """Returns the standardized direction with s flipped in half of the elements."""
     sign = jax.random.rademacher(key, s.shape, s.dtype)
-    return _rule.direction(m, v, s * sign, k, "standardized")
+    b = _rule.FORMS["standardized"].term(v, s * sign, k)
+    return _rule.direction(m, v, b, k)
 
 
 def agreeing(m: Any, v: Any, s: Any, k: Any, key: Any) -> jax.Array:
@@ -210,23 +213,20 @@ def magnitude(m: Any, v: Any, s: Any, k: Any, key: Any) -> jax.Array:
 
 def _adams(m: jax.Array, v: jax.Array, k: Any) -> jax.Array:
     """Returns Adam's direction."""
-    return m * k.c1 / (jnp.sqrt(v * k.c2) + k.eps)
+    return m * k.c.m / (jnp.sqrt(v * k.c.v) + k.eps)
 
 
 def coefficients(h: Numbers, count: jax.Array) -> _rule.Coefficients:
     """Returns the scalars of a step."""
-    names = ("b1", "b2", "b3", "lam", "tau", "eps")
-    numbers = (jnp.asarray(h[name], jnp.float32) for name in names)
-    chosen = _rule.Hyperparameters(*numbers, eps_root=0.0)
+    *b, lam, tau, eps = (jnp.asarray(h[name], jnp.float32) for name in NUMBERS)
+    chosen = _rule.Hyperparameters(_rule.Moments(*b), lam, tau, eps, eps_root=0.0)
     return _rule.coefficients(chosen, count, jnp.float32)
 
 
 def skewness(v: jax.Array, s: jax.Array, k: Any) -> jax.Array:
     """Returns the skewness γ = ŝ/v̂^(3/2) of standardized moments, 0 where v̂ is 0."""
-    v_hat = v * k.c2
-    seen = v_hat > 2.0**24 * jnp.finfo(v.dtype).tiny
-    r = jax.lax.rsqrt(jnp.where(seen, v_hat, 1.0))
-    return jnp.where(seen, s * k.c3 * r * r * r, 0.0)
+    sigma, seen = _rule.standard_deviation(v, k)
+    return jnp.where(seen, _rule.skewness(sigma, s, k), 0.0)
 
 
 RULES: dict[str, Rule] = {
@@ -271,8 +271,8 @@ def mechanism(rule: Rule, state: Tree, x: Setting) -> dict[str, jax.Array]:
     if rule.term == "multiplicative":
         ratio = jnp.abs(k.lam * jnp.clip(skewed, -k.tau, k.tau))
     else:
-        b = _rule.skewness_term(v, s, k, rule.term)  # type: ignore[arg-type]
-        ratio = jnp.abs(b) / jnp.abs(m * k.c1)
+        b = _rule.FORMS[rule.term].term(v, s, k)  # type: ignore[index]
+        ratio = jnp.abs(b) / jnp.abs(m * k.c.m)
     seen = (m != 0) & (v > 0)
     middle, tail = _quantiles(ratio, seen, (0.5, 0.999))
     clipped = (seen & (jnp.abs(skewed) >= k.tau)).sum() / jnp.maximum(seen.sum(), 1)

@@ -30,7 +30,7 @@ def identity(task: Task, steps: int) -> dict[str, Any]:
     adam = optax.scale_by_adam(*DECAYS)
     forms: dict[str, Any] = {
         form: scale_by_adam3(*DECAYS, lam=0.0, third_moment=form)
-        for form in _rule.THIRD_MOMENTS
+        for form in _rule.FORMS
     }
     rest = optax.chain(
         optax.add_decayed_weights(1e-2), optax.scale_by_learning_rate(RATE)
@@ -102,7 +102,7 @@ def blow_up(b2: float, b3: list[float], steps: int) -> list[dict[str, Any]]:
     In learning rates, with tau = 1 and lam = .01, over so many steps of zero gradient.
     """
     rows = []
-    for form in _rule.THIRD_MOMENTS:
+    for form in _rule.FORMS:
         sizes, steps_at = jax.jit(_largest, static_argnums=(0, 1, 3))(
             form, b2, jnp.asarray(b3, jnp.float32), steps
         )
@@ -118,7 +118,7 @@ def _largest(
     """Returns for each b3 the largest update, and after how many steps it came."""
 
     def one(b3: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rule = scale_by_adam3(0.9, b2, b3, third_moment=form)
+        rule = scale_by_adam3(0.9, b2, b3=b3, third_moment=form)
 
         def step(state: Any, t: jax.Array) -> tuple[Any, jax.Array]:
             u, state = rule.update(jnp.where(t == 0, 1.0, 0.0), state)

@@ -188,7 +188,7 @@ def keys_of(seed: jax.Array) -> jax.Array:
 def _shadow(h: Numbers) -> optax.GradientTransformation:
     """Returns the standardized form that estimates the skewness."""
     x = _shadow_h(h)
-    return scale_by_adam3(x["b1"], x["b2"], x["b3"], third_moment="standardized")
+    return scale_by_adam3(x["b1"], x["b2"], b3=x["b3"], third_moment="standardized")
 
 
 def _shadow_h(h: Numbers) -> Numbers:

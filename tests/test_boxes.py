@@ -1,0 +1,317 @@
+"""int8 state where parameters carry sharding metadata: Linen, NNX and the like."""
+
+import functools
+import pickle
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx, serialization
+from flax.core import meta
+from flax.training import train_state
+from jax.sharding import AxisType
+
+from adam3_optax import (
+    adam3w,
+    convert_state,
+    from_adam_state,
+    scale_by_adam3,
+    state_shardings,
+    third_moment_report,
+    to_adam_state,
+)
+from tests.settings import all_at, assert_close, assert_same, structure, types
+
+INT8 = all_at("int8")
+NAMES = {"rows": ("x", None), "columns": (None, "x"), "both": ("x", "y")}
+EACH_NAMES = pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+EACH_KIND = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+EACH_MESH = pytest.mark.parametrize("devices", [1, 4, 8])
+
+
+def mesh_of(devices: int, kind: AxisType) -> jax.sharding.Mesh:
+    y = 2 if devices == 8 else 1
+    return jax.make_mesh((devices // y, y), ("x", "y"), axis_types=(kind, kind))
+
+
+def boxed(names: Any) -> dict[str, Any]:
+    """Returns Linen parameters in boxes: a kernel, and a bias along its last axis."""
+    rng = np.random.default_rng(0)
+    return {
+        "kernel": nn.Partitioned(jnp.float32(rng.normal(size=(16, 32))), names=names),
+        "bias": nn.Partitioned(jnp.float32(rng.normal(size=32)), names=names[1:]),
+    }
+
+
+# Linen.
+
+
+@EACH_NAMES
+@EACH_KIND
+@EACH_MESH
+def test_linen_as_its_examples_do(devices: int, kind: AxisType, names: Any) -> None:
+    # As in Flax's lm1b: shapes, then shardings by the boxes, then a compiled init.
+    mesh = mesh_of(devices, kind)
+    optimizer = adam3w(0.1, **INT8)
+
+    def init() -> Any:
+        return train_state.TrainState.create(
+            apply_fn=lambda: None, params=boxed(names), tx=optimizer
+        )
+
+    def step(state: Any) -> Any:
+        return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
+
+    expected = jax.jit(step)(jax.jit(step)(init()))
+    with jax.set_mesh(mesh):
+        shardings = nn.get_sharding(jax.eval_shape(init), mesh)
+        state = jax.jit(init, out_shardings=shardings)()
+        jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
+        state = jitted(jitted(state))
+    assert_close(
+        jax.device_get((state.params, state.opt_state)),
+        jax.device_get((expected.params, expected.opt_state)),
+    )
+    codes = state.opt_state[0].m.codes["kernel"].value
+    assert codes.sharding.shard_shape(codes.shape) == tuple(
+        size // (mesh.shape[name] if name else 1)
+        for size, name in zip((16, 32), names, strict=True)
+    )
+
+
+def test_a_scale_keeps_the_box_only_if_its_last_axis_is_whole() -> None:
+    for names, kept in [(("x", None), True), ((None, None), True), (("x",), True),
+                        ((None, "x"), False), (("x", "y"), False)]:  # fmt: skip
+        params: Any = {"kernel": nn.Partitioned(jnp.ones((4, 32)), names=names)}
+        scale = scale_by_adam3(**INT8).init(params).v.scale["kernel"]
+        assert isinstance(scale, nn.Partitioned) is kept
+        assert nn.meta.unbox(scale).shape == (4, 1)
+    small = scale_by_adam3(**INT8).init(boxed(("x", None))).v.scale["bias"]
+    assert isinstance(small, jax.Array)
+
+
+@EACH_KIND
+def test_whole_rows_need_no_collective(kind: AxisType) -> None:
+    # Their scales keep the parameter's sharding. Replicated ones would be gathered.
+    mesh, optimizer = mesh_of(4, kind), adam3w(0.1, **INT8)
+    made = boxed(("x", None))
+    params: Any = jax.device_put(made, nn.get_sharding(made, mesh))
+    state = jax.jit(
+        optimizer.init,
+        out_shardings=nn.get_sharding(jax.eval_shape(optimizer.init, made), mesh),
+    )(params)
+    lowered = jax.jit(optimizer.update).lower(params, state, params)
+    text = lowered.compile().as_text() or ""
+    assert "all-reduce" not in text
+    assert "all-gather" not in text
+
+
+@EACH_NAMES
+def test_boxes_change_no_number(names: Any) -> None:
+    params = boxed(names)
+    plain = nn.meta.unbox(params)
+    optimizer = adam3w(0.1, **INT8)
+    states = optimizer.init(params), optimizer.init(plain)
+    for _ in range(3):
+        got, boxed_state = optimizer.update(params, states[0], params)
+        want, plain_state = optimizer.update(plain, states[1], plain)
+        states = boxed_state, plain_state
+    assert structure(got) == structure(params)
+    assert_same(nn.meta.unbox(got), want)
+    assert_same(nn.meta.unbox(states[0]), states[1])
+    assert types(states[0]) == types(optimizer.init(params))
+    # Boxed and plain trees may meet: NNX keeps boxes and passes plain trees.
+    mixed, state = optimizer.update(plain, states[0], plain)
+    assert_same(mixed, optimizer.update(plain, states[1], plain)[0])
+    assert types(state) == types(states[0])
+
+
+@EACH_NAMES
+def test_optax_finds_the_parameters_in_the_state(names: Any) -> None:
+    params, optimizer = boxed(names), adam3w(0.1, **INT8)
+    state = optimizer.init(params)
+    for rest in ((), (params,)):
+        mapped = optax.tree.map_params(optimizer, lambda x, *_: x + 1, state, *rest)
+        assert structure(mapped) == structure(state)
+        assert mapped[0].count == 0
+        before, after = (jax.tree.leaves(x[0].moments) for x in (state, mapped))
+        for x, y in zip(before, after, strict=True):
+            np.testing.assert_array_equal(x + 1, y)
+
+
+@EACH_NAMES
+@EACH_KIND
+def test_state_shardings_splits_the_scales_too(kind: AxisType, names: Any) -> None:
+    mesh, params, optimizer = mesh_of(8, kind), boxed(names), adam3w(0.1, **INT8)
+    where = state_shardings(optimizer, params, nn.get_sharding(params, mesh))
+    state = jax.jit(optimizer.init, out_shardings=where)(params)
+    scale = nn.meta.unbox(state[0].v.scale["kernel"])
+    rows = mesh.shape[names[0]] if names[0] else 1
+    assert scale.sharding.shard_shape(scale.shape) == (16 // rows, 1)
+
+
+@EACH_NAMES
+def test_checkpoints_and_conversions_keep_boxes(names: Any, tmp_path: Any) -> None:
+    params, optimizer = boxed(names), adam3w(0.1, **INT8)
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    new = optimizer.init(params)
+    restored = [
+        pickle.loads(pickle.dumps(state)),
+        serialization.from_bytes(new, serialization.to_bytes(state)),
+        serialization.from_state_dict(new, serialization.to_state_dict(state)),
+    ]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored.append(checkpointer.restore(tmp_path / "state", shapes))
+    for x in restored:
+        assert_same(x, state)
+    wide = convert_state(state)
+    assert structure(wide[0].s) == structure(params)
+    again = convert_state(wide, **INT8)
+    assert structure(again) == structure(state)
+    assert_close(nn.meta.unbox(convert_state(again)), nn.meta.unbox(wide), rtol=1e-5)
+    back = from_adam_state(to_adam_state(state), **INT8)
+    assert structure(back) == structure(state)
+    report = third_moment_report(
+        state, b1=0.9, b2=0.999, b3=0.999, lam=0.01, tau=1.0, third_moment="cubic"
+    )
+    assert len(report.leaves) == 2
+
+
+def test_masks_and_gradients_of_none_in_boxes() -> None:
+    params = boxed((None, "x")) | {"integer": nn.Partitioned(jnp.arange(3), (None,))}
+    gradients = params | {"integer": params["integer"].replace(value=None)}
+    optimizer = adam3w(0.1, weight_decay=0.5, mask=lambda p: jax.tree.map(
+        lambda x: x.ndim > 1, p), **INT8)  # fmt: skip
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    assert updates["integer"].value is None
+    assert structure(state) == structure(optimizer.init(params))
+    frozen = optax.masked(scale_by_adam3(**INT8), {
+        "kernel": True, "bias": False, "integer": False,
+    })  # fmt: skip
+    updates, _ = frozen.update(params, frozen.init(params))
+    assert_same(updates["bias"], params["bias"])
+
+
+# NNX.
+
+
+class Model(nnx.Module):
+    def __init__(self, names: Any) -> None:
+        split = functools.partial(nnx.with_partitioning, nnx.initializers.normal())
+        self.linear = nnx.Linear(
+            16,
+            32,
+            kernel_init=split(names),
+            bias_init=split(names[1:]),
+            rngs=nnx.Rngs(0),
+        )
+
+
+def nnx_step(model: Model, optimizer: Any) -> None:
+    params = nnx.state(model, nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.sin, params))
+
+
+@EACH_NAMES
+@EACH_KIND
+@EACH_MESH
+def test_nnx_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
+    # In and out of nnx.jit; the optimizer made eagerly, and inside nnx.jit.
+    def make() -> Any:
+        model = Model(names)
+        return model, nnx.Optimizer(model, adam3w(0.1, **INT8), wrt=nnx.Param)
+
+    with jax.set_mesh(mesh_of(1, AxisType.Auto)):
+        model, optimizer = make()
+        for _ in range(3):
+            nnx_step(model, optimizer)
+        expected = jax.device_get(nnx.state(model))
+    with jax.set_mesh(mesh_of(devices, kind)):
+        for made in (make(), nnx.jit(make)()):
+            for step in (nnx_step, nnx.jit(nnx_step), nnx_step):
+                step(*made)
+            codes = made[1].opt_state[0].m.codes["linear"]["kernel"]
+            assert codes[...].sharding.spec == made[0].linear.kernel[...].sharding.spec
+            assert_close(jax.device_get(nnx.state(made[0])), expected)
+
+
+def test_nnx_states_split_and_merge() -> None:
+    with jax.set_mesh(mesh_of(4, AxisType.Auto)):
+        model = Model((None, "x"))
+        optimizer = nnx.Optimizer(model, adam3w(0.1, **INT8), wrt=nnx.Param)
+        merged = nnx.merge(*nnx.split(optimizer))
+        nnx_step(model, merged)
+    assert merged.opt_state[0].count == 1
+
+
+# Others.
+
+
+class NamedArray(meta.AxisMetadata[Any]):
+    """A box whose names are not understood here."""
+
+    def __init__(self, array: Any, axes: Any) -> None:
+        self.array, self.axes = array, axes
+
+    def unbox(self) -> Any:
+        return self.array
+
+    def replace_boxed(self, val: Any) -> Any:
+        return NamedArray(val, self.axes)
+
+    def add_axis(self, index: int, params: Any) -> Any:
+        return self
+
+    def remove_axis(self, index: int, params: Any) -> Any:
+        return self
+
+
+jax.tree_util.register_pytree_node(
+    NamedArray, lambda x: ((x.array,), x.axes), lambda axes, x: NamedArray(*x, axes)
+)
+
+
+def test_the_scale_of_a_box_that_is_not_understood_is_plain() -> None:
+    params = {"kernel": NamedArray(jnp.ones((4, 32)), ("embed", "mlp"))}
+    optimizer = adam3w(0.1, **INT8)
+    state = optimizer.init(params)
+    assert isinstance(state[0].m.scale["kernel"], jax.Array)
+    _, state = optimizer.update(params, state, params)
+    assert structure(state) == structure(optimizer.init(params))
+
+
+class Layer(eqx.Module):
+    weight: jax.Array
+
+
+def test_a_module_with_one_leaf_is_no_box() -> None:
+    params = Layer(jnp.ones((4, 32)))
+    state = scale_by_adam3(**INT8).init(params)
+    assert isinstance(state.m.scale, Layer)
+    assert state.m.scale.weight.shape == (4, 1)
+
+
+def test_haliax() -> None:
+    hax = pytest.importorskip("haliax")
+    axes = hax.make_axes(Embed=16, Mlp=32)
+    params = {"kernel": hax.ones(axes)}
+    optimizer = adam3w(0.1, **INT8)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(params, state, params)
+    assert updates["kernel"].axes == params["kernel"].axes
+    assert state[0].m.codes["kernel"].axes == params["kernel"].axes
+    plain = {"kernel": params["kernel"].array}
+    expected = optimizer.init(plain)
+    for _ in range(2):
+        want, expected = optimizer.update(plain, expected, plain)
+    np.testing.assert_array_equal(updates["kernel"].array, want["kernel"])
