@@ -330,7 +330,7 @@ def _is_small(param: jax.typing.ArrayLike) -> bool:
     floating = jnp.issubdtype(jnp.result_type(param), jnp.floating)
     try:
         return not floating or jnp.ndim(param) < 2 or jnp.shape(param)[-1] < 16
-    except jax.core.InconclusiveDimensionOperation as error:
+    except jax.errors.InconclusiveDimensionOperation as error:
         raise ValueError(
             f"int8 must know whether rows of the shape {jnp.shape(param)} have 16 "
             "elements or more. Say so in jax.export.symbolic_shape, as in "

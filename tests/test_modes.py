@@ -1,0 +1,233 @@
+"""JAX's debugging flags, double precision, and the edges of shapes and dtypes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adam3_optax import (
+    adam3w,
+    convert_state,
+    from_adam_state,
+    scale_by_adam3,
+    state_shardings,
+    third_moment_report,
+)
+from adam3_optax._rounding import random_bits
+from adam3_optax._storage import Int8
+from tests.settings import (
+    EACH_STORAGE,
+    GRADIENTS,
+    PARAMS,
+    all_at,
+    assert_finite,
+    assert_same,
+    first_step,
+    train,
+    types,
+)
+
+KNOWN: Any = {"b1": 0.9, "b2": 0.999, "b3": 0.999, "lam": 0.01, "tau": 1.0}
+INT8 = all_at("int8")
+
+FLAGS = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "enable_checks": lambda: jax.enable_checks(True),
+    "checking_leaks": jax.checking_leaks,
+    "disable_jit": jax.disable_jit,
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS.values(), ids=FLAGS)
+@EACH_STORAGE
+def test_debugging_flags_find_nothing(flag: Any, storage: Any) -> None:
+    # A run, eager and jitted, and all that can be done with its state.
+    has_s = storage.get("third_moment", "cubic") is not None
+    known = KNOWN | {"third_moment": "cubic"}
+    with flag():
+        optimizer = adam3w(0.1, tau=float("inf"), eps_root=1e-8, **storage)
+        state = optimizer.init(PARAMS)
+        if has_s:
+            report = third_moment_report(state, **known)
+            assert "nothing to say" in report.verdict()
+        for update in (optimizer.update, jax.jit(optimizer.update)):
+            updates, state = update(GRADIENTS[0], state, PARAMS)
+        assert_finite(updates)
+        adam = optax.ScaleByAdamState(state[0].count, *(PARAMS, PARAMS))
+        for name in ("bfloat16", "int8"):
+            from_adam_state(adam, **all_at(name))
+            convert_state(state, **all_at(name))
+        if has_s:
+            third_moment_report(state, **known).table()
+
+
+@EACH_STORAGE
+@pytest.mark.parametrize("wide", [True, False])
+def test_gradients_of_another_width_than_the_state(
+    storage: Any, wide: bool, x64: None
+) -> None:
+    # float64 gradients on a float32 state, and the reverse: computed in float64, stored
+    # as the state is, and returned as the gradients are.
+    params = jax.tree.map(lambda x: x.astype(jnp.float32 if wide else float), PARAMS)
+    gradients = jax.tree.map(
+        lambda x: x.astype(float if wide else jnp.float32), GRADIENTS[0]
+    )
+    optimizer = scale_by_adam3(**storage)
+    state = optimizer.init(params)
+    updates, after = optimizer.update(gradients, state)
+    assert types(after) == types(state)
+    assert {u.dtype for u in updates.values()} == {gradients["w"].dtype}
+    same, _ = first_step(optimizer, jax.tree.map(jnp.float32, gradients))
+    for u, x in zip(jax.tree.leaves(updates), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(u, x, rtol=1e-4, atol=1e-6)
+
+
+@EACH_STORAGE
+def test_a_count_of_64_bits_stays_one(storage: Any, x64: None) -> None:
+    optimizer = scale_by_adam3(**storage)
+    state = optimizer.init(PARAMS)
+    wide = state._replace(count=state.count.astype(jnp.int64))
+    got, after = optimizer.update(GRADIENTS[0], wide)
+    want, _ = optimizer.update(GRADIENTS[0], state)
+    assert after.count.dtype == jnp.int64
+    assert_same(got, want)
+
+
+def test_int8_of_an_empty_leaf() -> None:
+    for shape in ((4, 0), (0, 32), (0,)):
+        params = {"empty": jnp.zeros(shape), "w": PARAMS["w"]}
+        updates, state = first_step(scale_by_adam3(**INT8), params)
+        assert updates["empty"].shape == shape
+        assert types(state) == types(scale_by_adam3(**INT8).init(params))
+
+
+def test_int8_of_small_leaves_alone_is_float32() -> None:
+    params = {"b": PARAMS["b"], "t": jnp.ones((4, 15)), "c": jnp.ones(())}
+    narrow, wide = train(adam3w(**INT8), params, [params] * 3), None
+    wide = train(adam3w(), params, [params] * 3)
+    assert_same(narrow[0], wide[0])
+    for got, want in zip(narrow[1][0].moments, wide[1][0].moments, strict=True):
+        assert isinstance(got, Int8)
+        assert_same(got.codes, want)
+        assert [x.shape for x in jax.tree.leaves(got.scale)] == [(1,), (), (1, 1)]
+
+
+def test_int8_takes_integers_as_small_leaves() -> None:
+    params = {"w": PARAMS["w"], "i": jnp.arange(64).reshape(2, 32)}
+    for setting in (None, "bfloat16", "int8"):
+        optimizer = scale_by_adam3(**all_at(setting))
+        state = optimizer.init(params)
+        updates, after = optimizer.update({"w": PARAMS["w"], "i": None}, state)
+        assert updates["i"] is None
+        assert types(after) == types(state)
+    assert state.m.codes["i"].dtype == jnp.float32
+    assert not state.m.codes["i"].any()
+
+
+@pytest.mark.parametrize(
+    ("moment", "foreign"), [("m", jnp.uint8), ("v", jnp.int8), ("s", jnp.uint8)]
+)
+def test_codes_of_a_foreign_dtype_are_refused(moment: str, foreign: Any) -> None:
+    optimizer = scale_by_adam3(**INT8)
+    state = optimizer.init(PARAMS)
+    field = getattr(state, moment)
+    codes = field.codes | {"w": field.codes["w"].astype(foreign)}
+    wrong = state._replace(**{moment: field._replace(codes=codes)})
+    with pytest.raises(ValueError, match=f"{moment}_dtype says"):
+        optimizer.update(GRADIENTS[0], wrong)
+    with pytest.raises(ValueError, match=f"the state's {moment} is of"):
+        convert_state(wrong)
+
+
+def test_random_bits_of_a_leaf_beyond_32_bits() -> None:
+    # The index is taken modulo 2³²; the strides must not overflow on the way there.
+    shape = 2**17, 2**16, 3
+    traced = jax.eval_shape(
+        random_bits(jnp.int32(1), np.arange(2, dtype=np.uint32)),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    assert traced.shape == shape
+    state = jax.eval_shape(
+        scale_by_adam3(**INT8).init, jax.ShapeDtypeStruct(shape[:2], jnp.float32)
+    )
+    assert state.m.codes.shape == shape[:2]
+    g = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
+    updates, _ = jax.eval_shape(scale_by_adam3(**INT8).update, g, state)
+    assert updates.shape == shape[:2]
+
+
+def test_strides_are_taken_modulo_two_to_the_32() -> None:
+    # Rows of 2³² + 1 elements would have a stride of 1.
+    bits = random_bits(jnp.int32(1), np.arange(2, dtype=np.uint32))
+    text = str(jax.make_jaxpr(bits)(jax.ShapeDtypeStruct((2, 2**16, 2**16), "float32")))
+    assert "65536" in text
+    assert "4294967296" not in text
+
+
+@EACH_STORAGE
+def test_a_stacked_state_is_named(storage: Any) -> None:
+    optimizer = adam3w(**storage)
+    many = jax.tree.map(lambda x: jnp.stack([x] * 5), PARAMS)
+    state = jax.vmap(optimizer.init)(many)
+    with pytest.raises(ValueError, match=r"count has shape \(5,\).*jax.vmap"):
+        optimizer.update(many, state, many)
+    updates, _ = jax.vmap(optimizer.update)(many, state, many)
+    assert updates["w"].shape == (5, 4, 32)
+
+
+def test_a_stacked_report_is_named() -> None:
+    optimizer = scale_by_adam3()
+    many = jax.tree.map(lambda x: jnp.stack([x] * 5), PARAMS)
+    state = jax.vmap(optimizer.init)(many)
+
+    def report(state: Any) -> Any:
+        return third_moment_report(state, **KNOWN, third_moment="cubic")
+
+    with pytest.raises(ValueError, match=r"count has shape \(5,\)"):
+        report(state)
+    stacked = jax.vmap(report)(state)
+    for method in (stacked.scalars, stacked.verdict, stacked.table):
+        with pytest.raises(ValueError, match=r"lam has shape \(5,\).*jax.vmap"):
+            method()
+    one = jax.tree.map(lambda x: x[2], stacked)
+    assert one.table() == report(jax.tree.map(lambda x: x[2], state)).table()
+
+
+def test_shapes_may_be_symbolic() -> None:
+    # `init` of every format takes them; int8 must know how long rows are.
+    b, d = jax.export.symbolic_shape("b, d")
+    symbolic = jax.ShapeDtypeStruct((b, d), jnp.float32)
+    for setting in (None, "float32", "bfloat16"):
+        state = jax.eval_shape(scale_by_adam3(**all_at(setting)).init, symbolic)
+        assert state.m.shape == (b, d)
+    with pytest.raises(ValueError, match=r"int8 must know.*d >= 16"):
+        jax.eval_shape(scale_by_adam3(**INT8).init, symbolic)
+
+
+@EACH_STORAGE
+def test_a_step_exports_with_symbolic_shapes(storage: Any) -> None:
+    # Called with numbers, it is the plain step bit for bit.
+    b, d = jax.export.symbolic_shape("b, d", constraints=["d >= 16", "b >= 1"])
+    symbolic = {"w": jax.ShapeDtypeStruct((b, d), jnp.float32)}
+    optimizer = adam3w(0.1, **storage)
+    shapes = jax.eval_shape(optimizer.init, symbolic)
+    update = jax.jit(optimizer.update)
+    exported = jax.export.export(update)(symbolic, shapes, symbolic)
+    params = {"w": PARAMS["w"]}
+    got = want = optimizer.init(params)
+    for g in GRADIENTS[:3]:
+        updates, got = exported.call({"w": g["w"]}, got, params)
+        expected, want = update({"w": g["w"]}, want, params)
+        assert_same((updates, got), (expected, want))
+
+
+def test_shardings_of_integers_in_int8() -> None:
+    mesh = jax.make_mesh((1,), ("x",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = {"w": PARAMS["w"], "i": jnp.arange(3)}
+    found = state_shardings(scale_by_adam3(**INT8), params, where)
+    assert found.m.codes["i"] == where

@@ -1,0 +1,108 @@
+"""Gradients that are not finite show in the state; finite ones never spoil it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adam3_optax import scale_by_adam3
+from tests.settings import EACH_FORM, all_at, first_step
+
+GOOD = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32)), jnp.float32)
+MAXIMUM = float(jnp.finfo(jnp.float32).max)
+
+
+def loaded(field: Any) -> Any:
+    """Returns a moment as numbers."""
+    if not hasattr(field, "codes"):
+        return np.asarray(field, np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(field.codes, float) * np.asarray(field.scale, float)
+
+
+@EACH_FORM
+@pytest.mark.parametrize("setting", [None, "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_gradient_that_is_not_finite_shows_in_every_moment(
+    form: Any, setting: Any, bad: float, jitted: bool
+) -> None:
+    optimizer = scale_by_adam3(b3=0.9, third_moment=form, **all_at(setting))
+    update = jax.jit(optimizer.update) if jitted else optimizer.update
+    _, state = update(GOOD, optimizer.init(GOOD))
+    for g in (GOOD.at[1, 5].set(bad), GOOD):  # and it stays, for the user to see
+        updates, state = update(g, state)
+        assert not np.isfinite(updates[1, 5])
+        for field in state.moments:
+            finite = np.isfinite(loaded(field))
+            spoiled = finite[1] if setting == "int8" else finite[1, 5]
+            assert not spoiled.any()
+            finite[1] = True
+            assert finite.all()
+
+
+@EACH_FORM
+@pytest.mark.parametrize("setting", [None, "bfloat16", "int8"])
+def test_optax_can_keep_it_out(form: Any, setting: Any) -> None:
+    inner = scale_by_adam3(b3=0.9, third_moment=form, **all_at(setting))
+    optimizer = optax.apply_if_finite(inner, 3)
+    state = optimizer.init(GOOD)
+    updates, state = optimizer.update(GOOD.at[0, 0].set(jnp.inf), state)
+    assert not updates.any()
+    assert all(np.isfinite(loaded(x)).all() for x in state.inner_state.moments)
+
+
+@EACH_FORM
+@pytest.mark.parametrize("setting", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("size", [1e20, 1e30, MAXIMUM])
+def test_a_square_that_overflows_is_finite_in_the_state(
+    form: Any, setting: Any, size: float
+) -> None:
+    optimizer = scale_by_adam3(b3=0.9, third_moment=form, **all_at(setting))
+    g = jnp.asarray([[size, -size] * 16], jnp.float32)
+    state = optimizer.init(g)
+    for sign in (1.0, -1.0, -1.0, 1.0):
+        _, state = optimizer.update(sign * g, state)
+        assert all(np.isfinite(loaded(x)).all() for x in state.moments)
+        assert (loaded(state.v) > 0).all()
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1.0, 1e26, MAXIMUM])
+@EACH_FORM
+def test_every_eps_keeps_the_state_finite(form: Any, eps: float) -> None:
+    optimizer = scale_by_adam3(b3=0.9, eps=eps, third_moment=form)
+    state = optimizer.init(GOOD)
+    for size in (1.0, 1e20, 1e38):
+        updates, state = optimizer.update(size * GOOD / jnp.abs(GOOD).max(), state)
+        assert all(np.isfinite(loaded(x)).all() for x in state.moments)
+        assert np.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("name", ["eps", "eps_root"])
+def test_an_eps_beyond_float32_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be in \[0, inf\) \(finite"):
+        scale_by_adam3(**{name: 1e300})  # type: ignore[arg-type]
+
+
+@EACH_FORM
+@pytest.mark.parametrize("b1", [0.5, 0.85, 0.93])
+def test_updates_are_finite_to_the_edge_of_float32(form: Any, b1: float) -> None:
+    # With the maximum itself m̂, rounded, may be infinite. The documentation says so.
+    optimizer = scale_by_adam3(b1=b1, b3=0.9, third_moment=form)
+    g = jnp.asarray([3e38, -3e38], jnp.float32)
+    state = optimizer.init(g)
+    for _ in range(10):
+        updates, state = optimizer.update(g, state)
+        assert np.isfinite(updates).all()
+        assert all(np.isfinite(x).all() for x in state.moments)
+
+
+@EACH_FORM
+def test_zero_gradients_are_not_spoiled_by_rounding(form: Any) -> None:
+    optimizer = scale_by_adam3(b3=0.9, third_moment=form, **all_at("int8"))
+    updates, state = first_step(optimizer, jnp.zeros((2, 32)))
+    assert not updates.any()
+    assert not any(loaded(x).any() for x in state.moments)
