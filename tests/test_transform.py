@@ -337,9 +337,7 @@ def test_a_shape_that_does_not_fit_is_refused(storage: Any) -> None:
 def test_a_gradient_where_the_state_has_none_is_refused(storage: Any) -> None:
     optimizer = scale_by_adam3(**storage)
     state = optimizer.init({"w": None, "b": A})
-    with pytest.raises(
-        ValueError, match=r"^updates\['w'\] has shape \(2,\), but .* m has None"
-    ):
+    with pytest.raises(ValueError, match=r"^updates\['w'\] has shape .* m has None"):
         optimizer.update({"w": A, "b": A}, state)
 
 
