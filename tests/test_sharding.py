@@ -27,7 +27,6 @@ from tests import reference
 from tests.settings import (
     AXES,
     EACH_FORM,
-    EACH_STORAGE,
     FORMS,
     STORAGE,
     assert_same,
@@ -389,7 +388,7 @@ def test_rounded_sums_stay_within_a_derived_bound(form: Any) -> None:
 # Where the state lies.
 
 
-@EACH_STORAGE
+@each_storage("default", "mixed")
 @EACH_KIND
 def test_state_follows_the_parameters_unasked(storage: Any, kind: Any) -> None:
     optimizer, mesh = make(storage), mesh_of(kind)
@@ -459,7 +458,10 @@ WRAPPED: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("wrapped", "name"),
-    [*product([*WRAPPED, "injected"], ["mixed"]), *product(["adam3w"], STORAGE)],
+    [
+        *product([*WRAPPED, "injected"], ["mixed"]),
+        *product(["adam3w"], ["default", "int8"]),
+    ],
 )
 def test_state_shardings(wrapped: str, name: str, standard_promotion: None) -> None:
     # `standard_promotion`, for Optax's schedules need it.
@@ -607,7 +609,7 @@ def compiled_update(storage: Any, kind: Any, specs: Any, state_specs: Any) -> st
         return jitted.lower(params, state, params).compile().as_text() or ""
 
 
-@each_storage("int8", "mixed")
+@each_storage("mixed")
 @EACH_KIND
 @pytest.mark.parametrize("specs", [ROWS, COLUMNS, BOTH])
 def test_sharded_updates_need_no_collective(
@@ -621,7 +623,7 @@ def test_sharded_updates_need_no_collective(
     assert found == ({"all-reduce": maxima} if maxima else {})
 
 
-@each_storage("int8", "mixed")
+@each_storage("int8")
 @EACH_KIND
 @pytest.mark.parametrize("state_specs", [ROWS, COLUMNS])
 def test_zero_1_gathers_each_leaf_once(

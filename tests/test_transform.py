@@ -328,7 +328,7 @@ def test_a_shape_that_does_not_fit_is_refused(storage: Any) -> None:
     optimizer = scale_by_adam3(**storage)
     state = optimizer.init({"w": jnp.ones((4, 16))})
     with pytest.raises(
-        ValueError, match=r"^updates\['w'\] has shape \(2, 16\), .* m \(4, 16\)"
+        ValueError, match=r"^updates\['w'\] has shape \(2, 16\), .* m has \(4, 16\)"
     ):
         optimizer.update({"w": jnp.ones((2, 16))}, state)
 
@@ -337,7 +337,7 @@ def test_a_shape_that_does_not_fit_is_refused(storage: Any) -> None:
 def test_a_gradient_where_the_state_has_none_is_refused(storage: Any) -> None:
     optimizer = scale_by_adam3(**storage)
     state = optimizer.init({"w": None, "b": A})
-    with pytest.raises(ValueError, match=r"^updates\['w'\] is an array, but .* None"):
+    with pytest.raises(ValueError, match=r"^updates\['w'\] has shape .* m has None"):
         optimizer.update({"w": A, "b": A}, state)
 
 
@@ -345,5 +345,5 @@ def test_a_gradient_where_the_state_has_none_is_refused(storage: Any) -> None:
 def test_a_state_that_is_stored_in_another_way_is_refused(storage: Any) -> None:
     made, used = scale_by_adam3(), scale_by_adam3(**storage)
     for one, other in ((made, used), (used, made)):
-        with pytest.raises(ValueError, match=r"third_moment say; .*convert_state"):
+        with pytest.raises(ValueError, match=r"_dtype says; .*convert_state"):
             other.update(PARAMS, one.init(PARAMS))
