@@ -182,27 +182,45 @@ def adam3w(
 def _add_decayed_weights(
     weight_decay: hp.ScalarOrSchedule, mask: Any
 ) -> optax.GradientTransformation:
-    """Adds decay as Optax does, with the parameters cast to the updates' dtype."""
-    rate_at = hp.value_at("weight_decay", weight_decay)
-    rate = rate_at if callable(weight_decay) else rate_at(0)
+    """Adds decay to updates, with the rate and the parameters cast to their dtype.
+
+    The state is that of `optax.add_decayed_weights`.
+    """
+    rate_at, is_schedule = (
+        hp.value_at("weight_decay", weight_decay),
+        callable(weight_decay),
+    )
+
+    def add(
+        updates: optax.Updates, state: Any, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
+        rate = rate_at(state.count if is_schedule else 0)
+
+        def decayed(u: jax.Array | None, p: jax.Array) -> jax.Array | None:
+            if u is None:
+                return None
+            return u + jnp.asarray(rate, u.dtype) * jnp.asarray(p, u.dtype)
+
+        updates = jax.tree.map(decayed, updates, params, is_leaf=is_none)
+        if is_schedule:
+            state = state._replace(count=optax.safe_increment(state.count))
+        return updates, state
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
             raise ValueError("weight decay needs params: pass them to update")
-        # A mask function sees the parameters as they were passed, not cast ones, and
-        # not the updates, which Optax would pass.
+        if mask is None:
+            return add(updates, state, params)
+        # A mask function gets the parameters as they were passed: not cast, and not the
+        # updates, which Optax would give it.
         chosen = mask(params) if callable(mask) else mask
-        cast = jax.tree.map(
-            lambda u, p: p if u is None else jnp.asarray(p, u.dtype),
-            updates,
-            params,
-            is_leaf=is_none,
-        )
-        return optax.add_decayed_weights(rate, chosen).update(updates, state, cast)
+        return optax.masked(decay, chosen).update(updates, state, params)
 
-    init = optax.add_decayed_weights(rate, mask).init
+    rate = rate_at if is_schedule else 0.0
+    decay = optax.GradientTransformation(optax.add_decayed_weights(rate).init, add)
+    init = decay.init if mask is None else optax.masked(decay, mask).init
     return optax.GradientTransformation(init, update)
 
 

@@ -301,7 +301,9 @@ def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> No
     b: Any = _rule.Moments(0.9, 0.99, 0.98)
     h = _rule.Hyperparameters(b, 0.5, 1.0, 1e-8, 0.0)
     make: Any = scale_by_adam3
-    optimizer = make(*b, *h[1:], third_moment=form, **storage)
+    numbers = dict(zip(("b1", "b2", "b3"), b, strict=True)) | h._asdict()
+    del numbers["b"]
+    optimizer = make(**numbers, third_moment=form, **storage)
     f = format_for("s", storage["s_dtype"])
     record = _rule.FORMS[form]
     rng = np.random.default_rng(0)
