@@ -85,6 +85,33 @@ def test_linen_as_its_examples_do(devices: int, kind: AxisType, names: Any) -> N
     )
 
 
+@EACH_NAMES
+def test_linen_state_is_split_further_for_zero1(names: Any) -> None:
+    # As MaxText does it: a data axis joins the first axis that it divides.
+    mesh = jax.make_mesh((2, 2, 2), ("data", "x", "y"), axis_types=(AxisType.Auto,) * 3)
+    params, optimizer = boxed(names), adam3w(0.1, **INT8)
+    state = jax.eval_shape(optimizer.init, params)
+
+    def split(x: Any, sharding: Any) -> Any:
+        sizes, spec = sharding.shard_shape(x.shape), sharding.spec
+        for i, (size, name) in enumerate(zip(sizes, spec, strict=False)):
+            if size % 2 == 0:
+                joined = ("data",) if name is None else ("data", name)
+                spec = type(spec)(*spec[:i], joined, *spec[i + 1 :])
+                return sharding.update(spec=spec)
+        return sharding
+
+    shapes = nn.meta.unbox(state)
+    where = jax.tree.map(split, shapes, nn.get_sharding(state, mesh))
+    made = jax.jit(lambda: nn.meta.unbox(optimizer.init(params)), out_shardings=where)()
+    plain = nn.meta.unbox(params)
+    updates, _ = jax.jit(optimizer.update, out_shardings=(None, where))(
+        plain, made, plain
+    )
+    expected, _ = jax.jit(optimizer.update)(plain, optimizer.init(plain), plain)
+    assert_close(jax.device_get(updates), jax.device_get(expected))
+
+
 def test_a_scale_keeps_the_box_only_if_its_last_axis_is_whole() -> None:
     for names, kept in [(("x", None), True), ((None, None), True), (("x",), True),
                         ((None, "x"), False), (("x", "y"), False)]:  # fmt: skip
@@ -244,6 +271,24 @@ def test_nnx_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
             assert_close(jax.device_get(nnx.state(made[0])), expected)
 
 
+@EACH_NAMES
+@EACH_KIND
+def test_nnx_state_is_sharded_by_its_boxes(kind: AxisType, names: Any) -> None:
+    # As tunix does it: the boxes of the state say where it lies, and nothing else.
+    with jax.set_mesh(mesh_of(8, kind)):
+        model = Model(names)
+        optimizer = nnx.Optimizer(model, adam3w(0.1, **INT8), wrt=nnx.Param)
+        state = nnx.state(optimizer, nnx.optimizer.OptState)
+        specs = nnx.get_partition_spec(state)
+        if kind == AxisType.Auto:
+            state = jax.jit(lambda x: jax.lax.with_sharding_constraint(x, specs))(state)
+        else:
+            state = jax.tree.map(jax.device_put, state, specs)
+        nnx.update(optimizer, state)
+        nnx.jit(nnx_step)(model, optimizer)
+    assert optimizer.opt_state[0].count == 1
+
+
 def test_nnx_states_split_and_merge() -> None:
     with jax.set_mesh(mesh_of(4, AxisType.Auto)):
         model = Model((None, "x"))
@@ -301,7 +346,7 @@ def test_a_module_with_one_leaf_is_no_box() -> None:
 
 
 def test_haliax() -> None:
-    hax = pytest.importorskip("haliax")
+    hax = pytest.importorskip("haliax", exc_type=ImportError)
     axes = hax.make_axes(Embed=16, Mlp=32)
     params = {"kernel": hax.ones(axes)}
     optimizer = adam3w(0.1, **INT8)
@@ -315,3 +360,10 @@ def test_haliax() -> None:
     for _ in range(2):
         want, expected = optimizer.update(plain, expected, plain)
     np.testing.assert_array_equal(updates["kernel"].array, want["kernel"])
+    # As levanter does it: a compiled init whose shardings come from the axes' names.
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), hax.axis_mapping({"Mlp": "x"}):
+        state = hax.named_jit(
+            optimizer.init, axis_resources={"Mlp": "x"}, out_axis_resources={"Mlp": "x"}
+        )(params)
+        assert state[0].m.codes["kernel"].array.sharding.spec == (None, "x")

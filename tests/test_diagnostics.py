@@ -231,7 +231,7 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1"):
         third_moment_report(state, **{**CUBIC, "b2": 1.0})
     stacked = jax.vmap(adam3(1e-3).init)(jnp.ones((4, 3)))
-    with pytest.raises(ValueError, match=r"count has shape \(4,\): it is of several"):
+    with pytest.raises(ValueError, match=r"count has shape .* of several"):
         third_moment_report(stacked, **CUBIC)
     short = jax.tree.map(lambda x: x.astype(jnp.float16), state)
     with pytest.raises(ValueError, match=r"the state's . is of float16; it must be"):

@@ -163,12 +163,6 @@ def test_float32_is_the_type_of_float64_parameters_too(x64: None) -> None:
     assert [x.dtype for x in state[:3]] == [jnp.float64, F32, jnp.float64]
 
 
-@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
-def test_int8_needs_real_parameters(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"params\['w'\]|m_dtype='int8'"):
-        scale_by_adam3(m_dtype="int8").init({"w": jnp.ones((2, 32), dtype)})
-
-
 # Memory of the compiled step.
 
 

@@ -300,10 +300,9 @@ def test_derivatives_stop_at_narrow_state(storage: Any) -> None:
 def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> None:
     b: Any = _rule.Moments(0.9, 0.99, 0.98)
     h = _rule.Hyperparameters(b, 0.5, 1.0, 1e-8, 0.0)
-    make: Any = scale_by_adam3
-    numbers = dict(zip(("b1", "b2", "b3"), b, strict=True)) | h._asdict()
-    del numbers["b"]
-    optimizer = make(**numbers, third_moment=form, **storage)
+    rest: Any = {"b3": b.s, **h._asdict(), "third_moment": form, **storage}
+    del rest["b"]
+    optimizer = scale_by_adam3(b.m, b.v, **rest)
     f = format_for("s", storage["s_dtype"])
     record = _rule.FORMS[form]
     rng = np.random.default_rng(0)
