@@ -366,4 +366,4 @@ def test_haliax() -> None:
         state = hax.named_jit(
             optimizer.init, axis_resources={"Mlp": "x"}, out_axis_resources={"Mlp": "x"}
         )(params)
-        assert state[0].m.codes["kernel"].array.sharding.spec == (None, "x")
+        assert state[0].m.codes["kernel"].array.sharding.spec == jax.P(None, "x")
