@@ -37,7 +37,7 @@ import numpy as np
 import optax
 from char_report import Run, draw, headline, table
 from flax import nnx
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from adam3_optax import adam3w, third_moment_report
 
@@ -123,17 +123,24 @@ def make_step(optimizer: Any, graph: Any) -> Any:
     return step
 
 
-def train(runs: list[Run], graph: Any, params: Any, options: Any) -> None:
-    """Trains by each run's optimizer, taking turns, and fills in the runs."""
+def train(runs: list[Run], graph: Any, params: Any, options: Any) -> bool:
+    """Trains by each run's optimizer, taking turns; returns False after Ctrl-C."""
     corpus, rng = options.corpus, np.random.default_rng(options.seed)
     steps = [make_step(run.optimizer, graph) for run in runs]
     for run in runs:
         run.params = jax.tree.map(jnp.copy, params)  # a step takes its buffers
         run.state = run.optimizer.init(run.params)
-    columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(None), TextColumn("{task.completed} {task.description}"))
     bar = Progress(*columns, expand=True, disable=not sys.stdout.isatty())
     task = bar.add_task("", total=options.steps)
     print("Compiling ...", flush=True)
+    interrupted: list[bool] = []
+    every = max(10, options.steps // 15)
+
+    def interrupt(*_: Any) -> None:  # a second Ctrl-C ends the program
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with contextlib.ExitStack() as stack:
         for number in range(1, options.steps + 1):
             starts = rng.integers(len(corpus.training) - CONTEXT, size=BATCH)
@@ -146,18 +153,19 @@ def train(runs: list[Run], graph: Any, params: Any, options: Any) -> None:
                     run.seconds += time.perf_counter() - began
             latest = "  ".join(run.latest() for run in runs)
             bar.update(task, completed=number, description=latest)
-            if (
-                number in (1, options.steps)
-                or number % max(10, options.steps // 15) == 0
-            ):
+            if interrupted or number in (1, options.steps) or number % every == 0:
                 for run in runs:
                     loss = evaluate(run.params, graph, corpus.held_out)
                     run.validation[number] = float(loss)
                 if bar.disable:  # lines where there is no terminal for a bar
                     print(f"step {number:>5}  {latest}", flush=True)
             if number == 1:  # all is compiled, and there is something to report
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, interrupt)
                 stack.enter_context(bar)
+            if interrupted:
+                return False
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return True
 
 
 def main(options: Any) -> int:
@@ -172,12 +180,9 @@ def main(options: Any) -> int:
     runs = [ours, theirs]
     characters = len(options.corpus.alphabet)
     graph, params = nnx.split(Transformer(characters, nnx.Rngs(options.seed)))
-    try:
-        train(runs, graph, params, options)
-    except KeyboardInterrupt:
+    if not train(runs, graph, params, options):
         print(f"Interrupted.\n{table(runs)}", flush=True)
         return 130
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     report = third_moment_report(ours.state, **rule)
     ours.ratio = f"{float(report.rows.ratio[0]):.1e}"
     print(f"\n{table(runs)}\n{headline(runs)}.\n{report.verdict()}", flush=True)

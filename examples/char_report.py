@@ -31,13 +31,12 @@ class Run:
 def table(runs: list[Run]) -> str:
     """Returns the numbers, in lines that fit a narrow terminal."""
     lines = ["optimizer  steps   train  valid.  seconds   state  |b|/|m̂|"]
-    steps = min(len(run.losses) for run in runs)  # Ctrl-C may come between two turns
     for run in runs:
-        train = np.mean(run.losses[:steps][-50:])
-        validation = list(run.validation.values() or [np.nan])[-1]
+        train = np.mean(run.losses[-50:])
+        validation = list(run.validation.values())[-1]
         size = sum(x.nbytes for x in jax.tree.leaves(run.state)) / 1e6
         lines.append(
-            f"{run.name:9} {steps:>6} {train:7.4f} {validation:7.4f} "
+            f"{run.name:9} {len(run.losses):>6} {train:7.4f} {validation:7.4f} "
             f"{run.seconds:8.1f} {size:4.1f} MB  {run.ratio:>7}"
         )
     return "\n".join(lines)
