@@ -21,6 +21,7 @@ folder the second is refused, by a lock (Linux and macOS).
 import fcntl
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ class Checkpoints:
             registry.add(ARRAYS, arguments, handler)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
             lightweight_initialize=True,
         )
@@ -98,12 +98,16 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self.lock = (self.folder / ".lock").open("ab")
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Orbax would do this, too, but in the background.
+                for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(unfinished)
             self.manager = ocp.CheckpointManager(
                 self.folder, options=options, handler_registry=registry
             )
             self.step = self.manager.latest_step()
             if self.step is not None:
                 what = f"{folder / str(self.step)} cannot be used"
+                what += " (moved away, a run goes on from the one before)"
                 check(self.folder / str(self.step) / ARRAYS, facts)
             seen = np.frombuffer(f"{self.step}".encode().ljust(32), np.uint8)
             multihost_utils.assert_equal(seen, f"not shared, step {self.step} here")

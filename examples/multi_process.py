@@ -113,6 +113,11 @@ def set_up(steps: int, characters: int, mesh: jax.sharding.Mesh) -> Any:
     return graph, optimizer, init, template
 
 
+def settings_of(steps: int) -> dict[str, Any]:
+    """Returns what a run must share with its checkpoints, beside the arrays."""
+    return SETTINGS | {"lr": LEARNING_RATE, "seed": SEED, "steps": steps}
+
+
 def make_step(graph: Any, optimizer: Any, template: Any, mesh: Any) -> Any:
     """Returns the jitted training step."""
     whole = NamedSharding(mesh, P())
@@ -154,13 +159,14 @@ def train(options: argparse.Namespace) -> None:
     mesh = jax.make_mesh((count,), ("all",), axis_types=(AxisType.Auto,))
     graph, optimizer, init, template = set_up(options.steps, len(corpus.alphabet), mesh)
     step = make_step(graph, optimizer, template, mesh)
-    settings = SETTINGS | {"lr": LEARNING_RATE, "seed": SEED, "steps": options.steps}
 
     def report(line: str) -> None:
         if jax.process_index() == 0:
             print(line, flush=True)
 
-    with Checkpoints(options.checkpoints, template, settings) as checkpoints:
+    with Checkpoints(
+        options.checkpoints, template, settings_of(options.steps)
+    ) as checkpoints:
         done = checkpoints.step or 0
         where = jax.tree.map(lambda x: x.sharding, template)
         tree = checkpoints.restore() if done else jax.jit(init, out_shardings=where)()
