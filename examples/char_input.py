@@ -79,6 +79,8 @@ def parse(argv: list[str] | None, about: str | None) -> argparse.Namespace:
         options.out.mkdir(parents=True, exist_ok=True)
         for path in (options.figure, options.sample):
             path.open("ab").close()  # fails here rather than after the training
+            if path.stat().st_size == 0:
+                path.unlink()
     except OSError as error:
         parser.error(f"--out {options.out}: {error.filename}: {error.strerror}")
     return options
