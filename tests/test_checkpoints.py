@@ -37,7 +37,7 @@ STATES = (
 PARAMS = {"w": (16, 32), "odd": (3, 5)}
 
 
-def template_of(optimizer: Any, devices: int = 8, **more: tuple[int, ...]) -> Any:
+def template_of(optimizer: Any, devices: int = 8, **more: Any) -> Any:
     """Returns what parameters and state are, and how they lie on some devices."""
     params = {k: jax.ShapeDtypeStruct(v, "float32") for k, v in (PARAMS | more).items()}
     mesh = jax.make_mesh(
