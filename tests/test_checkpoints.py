@@ -37,9 +37,11 @@ STATES = (
 PARAMS = {"w": (16, 32), "odd": (3, 5)}
 
 
-def template_of(optimizer: Any, devices: int = 8, **more: Any) -> Any:
+def template_of(optimizer: Any, devices: int = 8, more: Any = ()) -> Any:
     """Returns what parameters and state are, and how they lie on some devices."""
-    params = {k: jax.ShapeDtypeStruct(v, "float32") for k, v in (PARAMS | more).items()}
+    params = {
+        k: jax.ShapeDtypeStruct(v, "float32") for k, v in (PARAMS | dict(more)).items()
+    }
     mesh = jax.make_mesh(
         (devices,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
@@ -249,7 +251,7 @@ OTHERS: dict[str, tuple[Any, dict[str, tuple[int, ...]], str]] = {
 def test_other_arrays(other: str, folder: Path) -> None:
     optimizer, more, message = OTHERS[other]
     with refused(folder, f"/10 cannot be used.*: array .*{message}"):
-        open_and_close(folder, template_of(optimizer, **more))
+        open_and_close(folder, template_of(optimizer, more=more))
 
 
 def test_a_full_disk(
