@@ -109,8 +109,10 @@ class Checkpoints:
                 what = f"{folder / str(self.step)} cannot be used"
                 what += " (moved away, a run goes on from the one before)"
                 check(self.folder / str(self.step) / ARRAYS, facts)
-            seen = np.frombuffer(f"{self.step}".encode().ljust(32), np.uint8)
-            multihost_utils.assert_equal(seen, f"not shared, step {self.step} here")
+            mine = np.frombuffer(f"{self.step}".encode().ljust(32), np.uint8)
+            seen = multihost_utils.process_allgather(mine)
+            if (seen != mine).any():
+                raise ValueError("not all processes see the same checkpoints in it")
         except Exception as error:
             self.close()
             locked = isinstance(error, BlockingIOError)
