@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 GPU ?= cuda
 BIN := $(VENV)/bin
+# The same folder as make's rules want it, in which a space stands behind a backslash.
+EMPTY :=
+STAMPS := $(subst $(EMPTY) ,\ ,$(VENV))
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo bench study test test-slow test-gpu lint format wheel clean
 
@@ -23,69 +26,69 @@ help:
 	@echo "  and for bench and study, as ARGS=--quick; RECORD, the folder that bench writes to;"
 	@echo "  TEXT, a UTF-8 file for the study's language models"
 
-demo: $(VENV)/.examples
-	@$(BIN)/python examples/char_lm.py $(ARGS)
+demo: $(STAMPS)/.examples
+	@"$(BIN)/python" examples/char_lm.py $(ARGS)
 
-bench: $(VENV)/.bench
-	@$(BIN)/python benchmarks/step_time.py --out $(RECORD) $(ARGS)
-	@$(BIN)/python benchmarks/memory.py --out $(RECORD) $(ARGS)
-	@$(BIN)/python benchmarks/figures.py $(RECORD)
+bench: $(STAMPS)/.bench
+	@"$(BIN)/python" benchmarks/step_time.py --out "$(RECORD)" $(ARGS)
+	@"$(BIN)/python" benchmarks/memory.py --out "$(RECORD)" $(ARGS)
+	@"$(BIN)/python" benchmarks/figures.py "$(RECORD)"
 
-study: $(VENV)/.bench
-	@$(BIN)/python benchmarks/compare.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
+study: $(STAMPS)/.bench
+	@"$(BIN)/python" benchmarks/compare.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(TESTS)
-	@$(BIN)/python -c "import jax, platform; print('Passed on Python', \
+	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 $(TESTS)
+	@"$(BIN)/python" -c "import jax, platform; print('Passed on Python', \
 	  platform.python_version(), 'with jax', jax.__version__ + \
 	  ': ruff (lint, format), mypy, and the tests counted above.')"
 
-test-slow: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q -n 2 -m slow
+test-slow: $(STAMPS)/.dev
+	@"$(BIN)/python" -m pytest -q -n 2 -m slow
 
 # Skipped (status 0) without a GPU; status 1 where there is one that JAX cannot use.
-test-gpu: $(VENV)/.dev
-	@if JAX_PLATFORMS=$(GPU) $(BIN)/python -c "import jax; jax.devices()" 2>/dev/null; then \
+test-gpu: $(STAMPS)/.dev
+	@if JAX_PLATFORMS=$(GPU) "$(BIN)/python" -c "import jax; jax.devices()" 2>/dev/null; then \
 	  ADAM3_TEST_GPU=$(GPU) XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	    $(BIN)/python -m pytest -q -n auto --maxprocesses 4; \
+	    "$(BIN)/python" -m pytest -q -n auto --maxprocesses 4; \
 	elif nvidia-smi -L >/dev/null 2>&1 || rocminfo >/dev/null 2>&1; then \
 	  echo "make test-gpu: there is a GPU, but JAX cannot use it as GPU=$(GPU). For CUDA, try"; \
-	  echo "  $(BIN)/python -m pip install -c constraints.txt 'jax[cuda13]'"; exit 1; \
+	  echo "  '$(BIN)/python' -m pip install -c constraints.txt 'jax[cuda13]'"; exit 1; \
 	else \
 	  echo "make test-gpu: skipped, for neither JAX, nvidia-smi nor rocminfo finds a GPU"; \
 	fi
 
-lint: $(VENV)/.dev
-	@$(BIN)/ruff check --quiet
-	@$(BIN)/ruff format --check --quiet
-	@$(BIN)/mypy --no-error-summary
+lint: $(STAMPS)/.dev
+	@"$(BIN)/ruff" check --quiet
+	@"$(BIN)/ruff" format --check --quiet
+	@"$(BIN)/mypy" --no-error-summary
 
-format: $(VENV)/.dev
-	@$(BIN)/ruff check --fix --quiet
-	@$(BIN)/ruff format
+format: $(STAMPS)/.dev
+	@"$(BIN)/ruff" check --fix --quiet
+	@"$(BIN)/ruff" format
 
-wheel: $(VENV)/.dev
-	@$(BIN)/python -m hatchling build -t wheel
+wheel: $(STAMPS)/.dev
+	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf $(VENV) .venv .venv313 build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.python:
+$(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
 	  f'adam3_optax needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}.' \
 	  ' Name another one: make PYTHON=python3.13')"
 	@echo "Making $(VENV) and installing pinned dependencies (a minute or two) ..."
-	@$(PYTHON) -m venv $(VENV)
-	@touch $@
+	@$(PYTHON) -m venv "$(VENV)"
+	@touch "$@"
 
-$(VENV)/.examples: $(VENV)/.python pyproject.toml constraints.txt
+$(STAMPS)/.examples: $(STAMPS)/.python pyproject.toml constraints.txt
 	@$(PIP) -e '.[examples]'
-	@touch $@
+	@touch "$@"
 
-$(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
+$(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml constraints.txt
 	@$(PIP) -e '.[bench]'
-	@touch $@
+	@touch "$@"
 
-$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+$(STAMPS)/.dev: $(STAMPS)/.python pyproject.toml constraints.txt
 	@$(PIP) -e '.[dev]'
-	@touch $@
+	@touch "$@"
