@@ -22,9 +22,9 @@ import functools
 import signal
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
-from char_input import BATCH, CONTEXT, FORMS, STATES, Corpus, load, parse, windows_at
+from char_input import BATCH, CONTEXT, STATES, Corpus, load, parse, windows_at
 
 if __name__ == "__main__":
     # There is nothing to report yet: Ctrl-C just ends the program.
@@ -39,11 +39,12 @@ from char_report import Run, draw, headline, table
 from flax import nnx
 from rich.progress import BarColumn, Progress, TextColumn
 
-from adam3_optax import adam3w, third_moment_report
+from adam3_optax import ThirdMoment, adam3w, third_moment_report
 
 # What other examples and the benchmarks take from here, beside the model.
 __all__ = ["BATCH", "CONTEXT", "FORMS", "STATES", "Corpus", "load", "windows_at"]
 
+FORMS = get_args(ThirdMoment)
 LAYERS, WIDTH, HEADS = 2, 96, 4
 RULE = {"b1": 0.9, "b2": 0.999, "b3": 0.999, "lam": 0.01, "tau": 1.0}
 SAMPLE, TEMPERATURE = 400, 0.8
@@ -170,6 +171,12 @@ def train(runs: list[Run], graph: Any, params: Any, options: Any) -> bool:
 
 def main(options: Any) -> int:
     """Trains, reports and returns the exit status."""
+    if options.form not in FORMS:
+        allowed = ", ".join(FORMS)
+        print(
+            f"char_lm.py: --form {options.form}: not one of {allowed}", file=sys.stderr
+        )
+        return 2
     warm_up = min(100, options.steps // 10)
     rate = optax.warmup_cosine_decay_schedule(
         0.0, options.lr, warm_up, options.steps, end_value=options.lr / 10
