@@ -108,9 +108,9 @@ def scale_by_adam3(
 
     Raises:
         ValueError: A hyperparameter out of range, or an array of one narrower than
-            float32; an unknown storage setting; at init, complex parameters (and
-            integer ones with int8); at update, gradients whose structure, shapes or
-            dtypes do not fit, or a state made with other settings.
+            float32; an unknown storage setting; at init, complex parameters; at
+            update, gradients whose structure, shapes or dtypes do not fit, a state made
+            with other settings, or a state stacked by `jax.vmap`.
         TypeError: A hyperparameter that is no number, or a storage setting that is one.
 
     Warns:

@@ -172,10 +172,8 @@ def train(runs: list[Run], graph: Any, params: Any, options: Any) -> bool:
 def main(options: Any) -> int:
     """Trains, reports and returns the exit status."""
     if options.form not in FORMS:
-        allowed = ", ".join(FORMS)
-        print(
-            f"char_lm.py: --form {options.form}: not one of {allowed}", file=sys.stderr
-        )
+        wrong = f"char_lm.py: --form {options.form}: not one of {', '.join(FORMS)}"
+        print(wrong, file=sys.stderr)
         return 2
     warm_up = min(100, options.steps // 10)
     rate = optax.warmup_cosine_decay_schedule(

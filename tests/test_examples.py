@@ -9,10 +9,13 @@ import threading
 from importlib import import_module
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from matplotlib.image import imread
+
+from tests.settings import FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -161,7 +164,6 @@ BAD = {
     "--lr nan": "argument --lr: must be a number from 1e-09",
     "--lr inf": "argument --lr: must be a number from 1e-09",
     "--state float8": "argument --state: invalid choice: 'float8'",
-    "--form quartic": "argument --form: invalid choice: 'quartic'",
     "--form": "argument --form: expected one argument",
     "--stepz 3": "unrecognized arguments: --stepz 3",
     "--out empty": "--out empty: empty: File exists",
@@ -199,6 +201,15 @@ def bad_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("nul").write_text(TEXT + "\0", "utf-8")
     Path("same").write_text("a" * 1000, "utf-8")
     return tmp_path
+
+
+def test_char_lm_takes_the_forms_of_the_package(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = SimpleNamespace(form="quartic")
+    assert import_module("char_lm").main(options) == 2
+    expected = f"char_lm.py: --form quartic: not one of {', '.join(FORMS)}\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_char_lm_refuses_as_a_program(tmp_path: Path) -> None:
