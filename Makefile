@@ -6,16 +6,21 @@ BIN := $(VENV)/bin
 # The same folder as make's rules want it, in which a space stands behind a backslash.
 EMPTY :=
 STAMPS := $(subst $(EMPTY) ,\ ,$(VENV))
+CONSTRAINTS ?= constraints.txt
+# What takes minutes and depends least on the versions of JAX and Optax.
+APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
-PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo bench study test test-slow test-gpu lint format wheel clean
+.PHONY: help demo bench study test test-package test-oldest test-slow test-gpu lint format wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
 	@echo "make bench     measure time and memory of a step against Optax's (a quarter hour)"
 	@echo "make study     compare AdaM3 with other optimizers, tuned alike (hours; goes on if stopped)"
 	@echo "make test      lint, type-check and run every test"
+	@echo "make test-package run the tests of the package alone, without lint"
+	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
 	@echo "make test-slow run the tests that take minutes each"
 	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
 	@echo "make lint      lint and type-check alone"
@@ -42,6 +47,15 @@ test: lint
 	@"$(BIN)/python" -c "import jax, platform; print('Passed on Python', \
 	  platform.python_version(), 'with jax', jax.__version__ + \
 	  ': ruff (lint, format), mypy, and the tests counted above.')"
+
+test-package: $(STAMPS)/.test
+	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 \
+	  $(foreach name,$(APART),--ignore=tests/test_$(name).py) $(TESTS)
+	@"$(BIN)/python" -c "import jax, optax, platform; print('Passed on Python', \
+	  platform.python_version(), 'with jax', jax.__version__, 'and optax', optax.__version__)"
+
+test-oldest:
+	@$(MAKE) --no-print-directory test-package VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-slow: $(STAMPS)/.dev
 	@"$(BIN)/python" -m pytest -q -n 2 -m slow
@@ -81,14 +95,18 @@ $(STAMPS)/.python:
 	@$(PYTHON) -m venv "$(VENV)"
 	@touch "$@"
 
-$(STAMPS)/.examples: $(STAMPS)/.python pyproject.toml constraints.txt
+$(STAMPS)/.examples: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@$(PIP) -e '.[examples]'
 	@touch "$@"
 
-$(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml constraints.txt
+$(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@$(PIP) -e '.[bench]'
 	@touch "$@"
 
-$(STAMPS)/.dev: $(STAMPS)/.python pyproject.toml constraints.txt
+$(STAMPS)/.test: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
+	@$(PIP) -e '.[test]'
+	@touch "$@"
+
+$(STAMPS)/.dev: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@$(PIP) -e '.[dev]'
 	@touch "$@"

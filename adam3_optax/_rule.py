@@ -143,12 +143,12 @@ def standard_deviation(v: jax.Array, k: Coefficients) -> tuple[jax.Array, jax.Ar
 def skewness(
     sigma: jax.Array, s: jax.Array, k: Coefficients, power: float = 3.0
 ) -> jax.Array:
-    """Returns ŝ/σ^p, for p = 3 or 3/2."""
+    """Returns ŝ/σ^p."""
     # Several factors 1/σ instead of one division: σ³ overflows before the result does,
     # and the derivative of the division would square it.
     r = 1.0 / sigma
     x = s * k.c.s * r
-    return x * r * r if power == 3.0 else x * jnp.sqrt(r)
+    return x * r * r if power == 3.0 else x * r ** (power - 1.0)
 
 
 def _about_m(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
