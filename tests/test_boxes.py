@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import re
 from typing import Any
 
 import equinox as eqx
@@ -124,19 +125,32 @@ def test_a_scale_keeps_the_box_only_if_its_last_axis_is_whole() -> None:
 
 
 @EACH_KIND
-def test_whole_rows_need_no_collective(kind: AxisType) -> None:
-    # Their scales keep the parameter's sharding. Replicated ones would be gathered.
-    mesh, optimizer = mesh_of(4, kind), adam3w(0.1, **INT8)
-    made = boxed(("x", None))
-    params: Any = jax.device_put(made, nn.get_sharding(made, mesh))
-    state = jax.jit(
-        optimizer.init,
-        out_shardings=nn.get_sharding(jax.eval_shape(optimizer.init, made), mesh),
-    )(params)
-    lowered = jax.jit(optimizer.update).lower(params, state, params)
-    text = lowered.compile().as_text() or ""
-    assert "all-reduce" not in text
-    assert "all-gather" not in text
+@EACH_NAMES
+@pytest.mark.parametrize("how", ["boxes", "state_shardings"])
+def test_what_devices_tell_each_other(kind: AxisType, names: Any, how: str) -> None:
+    # Whole rows: nothing. Rows in parts: their maxima. Only where both axes are split,
+    # and the boxes alone say where the state lies, are the scales gathered.
+    mesh, optimizer = mesh_of(8, kind), adam3w(0.1, **INT8)
+    made = {"kernel": boxed(names)["kernel"]}
+    where: Any = nn.get_sharding(made, mesh)
+    params: Any = jax.device_put(made, where)
+    if how == "boxes":
+        where_state = nn.get_sharding(jax.eval_shape(optimizer.init, made), mesh)
+    else:
+        where_state = state_shardings(optimizer, made, where)
+    state = jax.jit(optimizer.init, out_shardings=where_state)(params)
+    update = jax.jit(optimizer.update, out_shardings=(where, where_state))
+    text = update.lower(params, state, params).compile().as_text() or ""
+    counts = {
+        name: len(re.findall(rf"= \S+ {name}\(", text))
+        for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    }
+    assert counts == {
+        "all-gather": 3 if how == "boxes" and None not in names else 0,
+        "all-reduce": 0 if names[1] is None else 1,
+        "all-to-all": 0,
+        "collective-permute": 0,
+    }
 
 
 @EACH_NAMES
