@@ -303,6 +303,31 @@ def test_nnx_state_is_sharded_by_its_boxes(kind: AxisType, names: Any) -> None:
     assert optimizer.opt_state[0].count == 1
 
 
+@EACH_NAMES
+def test_nnx_params_in_a_train_state(names: Any) -> None:
+    # As Flax's gemma example does it: shapes, their named shardings, a compiled init.
+    mesh = mesh_of(8, AxisType.Auto)
+
+    def init() -> Any:
+        params = nnx.state(Model(names), nnx.Param)
+        return train_state.TrainState.create(
+            apply_fn=lambda: None, params=params, tx=adam3w(0.1, **INT8)
+        )
+
+    def step(state: Any) -> Any:
+        return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
+
+    with jax.set_mesh(mesh_of(1, AxisType.Auto)):
+        expected = jax.device_get(jax.jit(step)(jax.jit(init)()))
+    with jax.set_mesh(mesh):
+        shardings = nnx.get_named_sharding(jax.eval_shape(init), mesh)
+        state = jax.jit(init, out_shardings=shardings)()
+        state = jax.jit(step, out_shardings=shardings, donate_argnums=0)(state)
+    got, want = (jax.tree.leaves(jax.device_get(x)) for x in (state, expected))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
 def test_nnx_states_split_and_merge() -> None:
     with jax.set_mesh(mesh_of(4, AxisType.Auto)):
         model = Model((None, "x"))
