@@ -226,7 +226,7 @@ def test_a_step_exports_with_symbolic_shapes(storage: Any) -> None:
 
 
 def test_shardings_of_integers_in_int8() -> None:
-    mesh = jax.make_mesh((1,), ("x",))
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = {"w": PARAMS["w"], "i": jnp.arange(3)}
     found = state_shardings(scale_by_adam3(**INT8), params, where)
