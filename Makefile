@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 GPU ?= cuda
 BIN := $(VENV)/bin
-# The same folder as make's rules want it, in which a space stands behind a backslash.
+# The same path with its spaces escaped, for make's rules.
 EMPTY :=
 STAMPS := $(subst $(EMPTY) ,\ ,$(VENV))
 CONSTRAINTS ?= constraints.txt
@@ -85,7 +85,7 @@ wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf "$(VENV)" .venv .venv313 build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 .venv-oldest build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \

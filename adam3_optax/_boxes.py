@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 _KINDS = (
     ("flax.core.meta", "AxisMetadata"),  # Linen
@@ -49,7 +50,8 @@ def names_last_axis(box: Any) -> bool:
     else:
         return True
     last = jax.tree.leaves(box)[0].ndim - 1
-    return any(len(spec) > last and spec[last] is not None for spec in specs)
+    known = all(isinstance(spec, tuple | PartitionSpec) for spec in specs)
+    return not known or any(x[last:] and x[last] is not None for x in map(tuple, specs))
 
 
 def _content(x: Any) -> Any:

@@ -14,7 +14,7 @@ from adam3_optax._rounding import leaf_keys, random_bits
 from adam3_optax._rule import Moments, ThirdMoment
 from adam3_optax._states import find
 from adam3_optax._storage import NAMES, DTypeSetting, Field, Format
-from adam3_optax._transform import ScaleByAdam3State
+from adam3_optax._transform import ScaleByAdam3State, check_not_stacked
 
 
 def from_adam_state(
@@ -68,8 +68,13 @@ def from_adam_state(
     """
     formats = _storage.formats_for(hp.form(third_moment), m_dtype, v_dtype, s_dtype)
 
+    def widen(x: jax.Array) -> jax.Array:
+        return x.astype(_storage.computed_in(x))
+
     def convert(adam: optax.ScaleByAdamState) -> ScaleByAdam3State:
-        without_s = ScaleByAdam3State(adam.mu, adam.nu, optax.EmptyState(), adam.count)
+        # Adam's moments have the dtypes of their parameters, which may differ.
+        mu, nu = jax.tree.map(widen, (adam.mu, adam.nu))
+        without_s = ScaleByAdam3State(mu, nu, optax.EmptyState(), adam.count)
         return _stored_as(formats, without_s)
 
     return _replace(state, optax.ScaleByAdamState, convert, "from_adam_state")
@@ -82,7 +87,8 @@ def to_adam_state(
 
     Args:
         state: An optimizer state, with m, v and s stored in any way.
-        mu_dtype: The type of mu, as in `optax.adam`; None keeps the type computed in.
+        mu_dtype: The dtype of mu, as in `optax.adam`: a floating one. None keeps the
+            dtype computed in.
 
     Returns:
         The state, with every `ScaleByAdam3State` replaced by a `ScaleByAdamState` with
@@ -90,14 +96,16 @@ def to_adam_state(
 
     Raises:
         ValueError: No `ScaleByAdam3State` in `state`, or one in a state of
-            `optax.inject_hyperparams`.
+            `optax.inject_hyperparams`; a `mu_dtype` that is not floating.
     """
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise ValueError(f"mu_dtype must be a floating dtype or None, got {mu_dtype!r}")
 
     def convert(adam3: ScaleByAdam3State) -> optax.ScaleByAdamState:
         treedef, loaded = _load(adam3)
         mu, nu = treedef.unflatten(loaded.m), treedef.unflatten(loaded.v)
         if mu_dtype is not None:
-            mu = jax.tree.map(lambda x: x.astype(mu_dtype), mu)
+            mu = jax.tree.map(lambda x: _storage.narrowed(x, mu_dtype), mu)
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
 
     return _replace(state, ScaleByAdam3State, convert, "to_adam_state")
@@ -161,6 +169,7 @@ def _load(state: ScaleByAdam3State) -> tuple[Any, Moments[list[Any]]]:
 
 def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAdam3State:
     """Returns the state with its moments in other formats."""
+    check_not_stacked(state)
     treedef, loaded = _load(state)
     keys = Moments.columns([leaf_keys(i) for i in range(treedef.num_leaves)])
 
@@ -193,9 +202,9 @@ def _replace(
     injected = [hyperparams for _, _, hyperparams in find(state, kind)]
     if any(injected) and other_optimizer:
         raise ValueError(
-            "the state of optax.inject_hyperparams holds the hyperparameters of "
-            "the other optimizer, too. Make a new one, and convert what is inside: "
-            "new.init(params)._replace(count=state.count, "
+            "the state of optax.inject_hyperparams also holds the old optimizer's "
+            "hyperparameters, and would go on with them. Make a new state, and convert "
+            "only what is inside: new.init(params)._replace(count=state.count, "
             f"inner_state={other_optimizer}(state.inner_state))"
         )
 

@@ -104,7 +104,7 @@ def third_moment_report(
     lams = []
     for path, adam3, injected in found:
         taken = _steps_taken(adam3)
-        h = _hyperparameters(given, injected, taken - 1)
+        h = _of_the_last_step(given, injected, taken - 1)
         lams.append(jnp.abs(jnp.asarray(h.lam, jnp.float32)))
         # Not inside jit, where Python floats become float32 and 1 - b loses digits.
         coefficients = functools.cache(functools.partial(_rule.coefficients, h, taken))
@@ -129,10 +129,10 @@ def _steps_taken(state: ScaleByAdam3State) -> jax.Array:
     return jnp.maximum(state.count, 1)
 
 
-def _hyperparameters(
+def _of_the_last_step(
     given: Mapping[str, Any], injected: Mapping[str, Any], count: jax.Array
 ) -> _rule.Hyperparameters:
-    """Returns those of the step that made a state; what is given goes before."""
+    """Returns the hyperparameters of the last step; given ones override injected."""
     needed = ("b1", "b2", "b3", "lam", "tau")
     known = {**injected, **given}
     missing = [name for name in needed if name not in known]

@@ -138,6 +138,9 @@ def _frames_inside() -> int:
     """Returns how many of the innermost frames are this package's, or Optax's."""
     inside = 0
     frame: FrameType | None = sys._getframe(1)
-    while frame and frame.f_globals["__name__"].split(".")[0] in (__package__, "optax"):
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in (
+        __package__,
+        "optax",
+    ):
         inside, frame = inside + 1, frame.f_back
     return inside

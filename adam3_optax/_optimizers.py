@@ -11,7 +11,7 @@ import optax
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._rule import ThirdMoment
 from adam3_optax._storage import DTypeSetting, computed_in
-from adam3_optax._transform import is_none, scale_by_adam3
+from adam3_optax._transform import scale_by_adam3
 
 
 def adam3(
@@ -186,10 +186,8 @@ def _add_decayed_weights(
 
     The state is that of `optax.add_decayed_weights`.
     """
-    rate_at, is_schedule = (
-        hp.value_at("weight_decay", weight_decay),
-        callable(weight_decay),
-    )
+    rate_at = hp.value_at("weight_decay", weight_decay)
+    is_schedule = callable(weight_decay)
 
     def add(
         updates: optax.Updates, state: Any, params: optax.Params
@@ -199,9 +197,13 @@ def _add_decayed_weights(
         def decayed(u: jax.Array | None, p: jax.Array) -> jax.Array | None:
             if u is None:
                 return None
+            if u.shape != jnp.shape(p):
+                raise ValueError(
+                    f"a parameter has shape {jnp.shape(p)}, but its update {u.shape}"
+                )
             return u + jnp.asarray(rate, u.dtype) * jnp.asarray(p, u.dtype)
 
-        updates = jax.tree.map(decayed, updates, params, is_leaf=is_none)
+        updates = jax.tree.map(decayed, updates, params, is_leaf=lambda x: x is None)
         if is_schedule:
             state = state._replace(count=optax.safe_increment(state.count))
         return updates, state
@@ -213,15 +215,32 @@ def _add_decayed_weights(
             raise ValueError("weight decay needs params: pass them to update")
         if mask is None:
             return add(updates, state, params)
-        # A mask function gets the parameters as they were passed: not cast, and not the
-        # updates, which Optax would give it.
-        chosen = mask(params) if callable(mask) else mask
-        return optax.masked(decay, chosen).update(updates, state, params)
+        return optax.masked(decay, chosen(params)).update(updates, state, params)
 
-    rate = rate_at if is_schedule else 0.0
-    decay = optax.GradientTransformation(optax.add_decayed_weights(rate).init, add)
-    init = decay.init if mask is None else optax.masked(decay, mask).init
+    # A mask function gets the parameters as they were passed: not cast, and not the
+    # updates, which Optax would give it.
+    def chosen(params: optax.Params) -> Any:
+        tree = mask(params) if callable(mask) else mask
+        jax.tree.map_with_path(_check_boolean, tree)
+        return tree
+
+    rate_for_init = rate_at if is_schedule else 0.0
+    init = optax.add_decayed_weights(rate_for_init).init
+    decay = optax.GradientTransformation(init, add)
+    if mask is not None:
+        init = optax.masked(decay, chosen).init
     return optax.GradientTransformation(init, update)
+
+
+def _check_boolean(path: tuple[Any, ...], x: Any) -> None:
+    """Raises if a leaf of a mask is no boolean, or has no value yet."""
+    dtype = getattr(x, "dtype", np.dtype(type(x)))
+    is_boolean = np.dtype(bool) == dtype and np.shape(x) == ()
+    if not is_boolean or isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"mask{jax.tree_util.keystr(path)} must be a boolean that does not depend "
+            f"on traced values, got {x!r}"
+        )
 
 
 def _scale_by_rate(

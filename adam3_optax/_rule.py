@@ -180,9 +180,11 @@ def _clipped(v: jax.Array, s: jax.Array, k: Coefficients) -> jax.Array:
 
 
 def _standardized(v: jax.Array, s: jax.Array, k: Coefficients) -> jax.Array:
-    """Returns b_t = lam·σ·clip(ŝ/σ³, -tau, tau), and 0 where v̂ is 0."""
+    """Returns b_t = lam·σ·clip(ŝ/σ³, -tau, tau), and 0 where v̂ is (nearly) 0."""
     sigma, seen = standard_deviation(v, k)
-    clipped = jnp.clip(skewness(sigma, s, k), -k.tau, k.tau)
+    # An infinite tau would let a skewness pass that has overflowed.
+    tau = jnp.minimum(k.tau, float(jnp.finfo(v.dtype).max))
+    clipped = jnp.clip(skewness(sigma, s, k), -tau, tau)
     return k.lam * jnp.where(seen, sigma * clipped, 0.0)
 
 

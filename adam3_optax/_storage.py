@@ -1,7 +1,7 @@
 """How a moment is stored between steps: in float32, in bfloat16, in 8 bits, or not.
 
 The rule sees arrays of float32 or float64 only. To add a format, write a subclass of
-`Format` and enter it in `FORMATS`.
+`Format` and enter it in `SETTINGS`.
 """
 
 import abc
@@ -46,17 +46,18 @@ class Format(abc.ABC):
     """How one moment is stored: as a field of the state, made of leaves.
 
     Formats are compared by value, so that functions compiled for one are used again.
+    No two of them may have the same struct and the same dtypes.
 
     Attributes:
         moment: Its name: "m", "v" or "s".
-        struct: The type of the field: a NamedTuple of trees like the parameters. None
-            if the field is such a tree itself.
-        dtypes: Those of its leaves.
+        struct: The type of the field: a NamedTuple of trees, of which the first has the
+            parameters' shapes. None if the field is one such tree itself.
+        dtypes: All that its leaves may have. Every format must name them.
     """
 
     moment: str
     struct: ClassVar[Any] = None
-    dtypes: ClassVar[tuple[Any, ...]] = ()
+    dtypes: ClassVar[tuple[Any, ...]]
 
     @abc.abstractmethod
     def zeros(self, params: optax.Params) -> Field:
@@ -101,10 +102,8 @@ class Format(abc.ABC):
         return self.struct(*trees) if self.struct else trees[0]
 
 
-class Wide(Format):
-    """Stored as it is computed: float32, or float64 for float64 parameters."""
-
-    dtypes: ClassVar[tuple[Any, ...]] = (jnp.float32, jnp.float64)
+class OneArray(Format):
+    """Stored as one array a leaf, in the first of its dtypes that is computed in."""
 
     def zeros(self, params: optax.Params) -> Field:
         def zero(param: jax.Array) -> jax.Array:
@@ -121,13 +120,19 @@ class Wide(Format):
         return (narrowed(x, jnp.result_type(*old)),)
 
 
-class Float32(Wide):
+class Wide(OneArray):
+    """Stored as it is computed: float32, or float64 for float64 parameters."""
+
+    dtypes = (jnp.float32, jnp.float64)
+
+
+class Float32(OneArray):
     """Stored in float32, also for float64 parameters."""
 
     dtypes = (jnp.float32,)
 
 
-class BFloat16(Wide):
+class BFloat16(OneArray):
     """Stored in bfloat16, rounded stochastically: to nearest, slow averages freeze."""
 
     dtypes = (jnp.bfloat16,)
@@ -231,6 +236,7 @@ class Absent(Format):
     """Not stored: s of Adam is 0. One node without children stands for all leaves."""
 
     struct = optax.EmptyState
+    dtypes = ()
 
     def zeros(self, params: optax.Params) -> Field:
         return optax.EmptyState()
@@ -262,10 +268,12 @@ def format_for(moment: str, setting: DTypeSetting) -> Format:
             f"{name} must be None, a string or a dtype, got {setting!r}. With "
             f"optax.inject_hyperparams, pass a string, or static_args={name!r}."
         )
-    try:
-        known = setting if setting is None else jnp.dtype(setting).name
-    except TypeError:
-        known = repr(setting)
+    known = setting
+    if not isinstance(setting, str | None):
+        try:
+            known = jnp.dtype(setting).name
+        except TypeError:
+            known = repr(setting)
     if known not in SETTINGS:
         allowed = ", ".join(map(repr, SETTINGS))
         why = " (in which (g - m)³ underflows at |g| = 1e-3)" * (known == "float16")

@@ -64,8 +64,8 @@ def scale_by_adam3(
     - `"stabilized"`: s averages sign(d)·(|d| + eps)^(3/2), d = g - m_t, in place of d³.
     - `"standardized"`: the skewness has no unit. With d = g - m_t/(1-b1ᵗ),
       ŝ = s_t/(1-b3ᵗ) and v̂ = v_t/(1-b2ᵗ), s averages d³, and
-      b_t = lam·sqrt(v̂)·clip(ŝ/v̂^(3/2), -tau, tau). This is 0 where v̂ = 0, and moves u_t
-      by at most |lam|·tau.
+      b_t = lam·sqrt(v̂)·clip(ŝ/v̂^(3/2), -tau, tau). This is 0 where v̂ is 0 (below
+      2e-31 in float32), and moves u_t by at most |lam|·tau.
     - None: b_t = 0, and there is no s. This is Adam, with what this package does better
       than `optax.adam`. `b3`, `lam` and `tau` have no effect.
 
@@ -107,11 +107,12 @@ def scale_by_adam3(
         finite.
 
     Raises:
-        ValueError: A hyperparameter out of range, or an array of one narrower than
+        ValueError: A hyperparameter out of range, or given as an array narrower than
             float32; an unknown storage setting; at init, complex parameters; at
             update, gradients whose structure, shapes or dtypes do not fit, a state made
             with other settings, or a state stacked by `jax.vmap`.
-        TypeError: A hyperparameter that is no number, or a storage setting that is one.
+        TypeError: A hyperparameter that is no number, or a storage setting that is a
+            number.
 
     Warns:
         BlowUpWarning: In the first two forms, once, if b3 > sqrt(b2).
@@ -251,11 +252,6 @@ def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None
             f"params{jax.tree_util.keystr(path)} is {dtype}; AdaM3 needs real "
             "parameters. Wrap the optimizer in optax.contrib.split_real_and_imaginary."
         )
-
-
-def is_none(x: object) -> bool:
-    """Returns whether x is None: a gradient of None leaves its parameter alone."""
-    return x is None
 
 
 def _split(treedef: Any, f: Format, name: str, field: Field) -> list[Any]:

@@ -189,7 +189,7 @@ def main(options: Any) -> int:
         print(f"Interrupted.\n{table(runs)}", flush=True)
         return 130
     report = third_moment_report(ours.state, **rule)
-    ours.ratio = f"{float(report.rows.ratio[0]):.1e}"
+    ours.ratio = f"{float(report.overall.ratio):.1e}"
     print(f"\n{table(runs)}\n{headline(runs)}.\n{report.verdict()}", flush=True)
     draw(runs, options.figure)
     prompt, key = options.corpus.held_out[0, :-1], jax.random.key(options.seed)

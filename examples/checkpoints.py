@@ -9,8 +9,8 @@ SHA-256 of each file. It is written before Orbax gives the checkpoint its name, 
 checked before a run goes on.
 
     with Checkpoints(folder, template, {"lr": 0.004, "seed": 0}) as checkpoints:
-        step = checkpoints.step or 0
-        tree = checkpoints.restore() if step else init()
+        step = checkpoints.step  # None if there is no checkpoint yet
+        tree = init() if step is None else checkpoints.restore()
         ...
         checkpoints.save(step, tree)
 
@@ -107,7 +107,7 @@ class Checkpoints:
             self.step = self.manager.latest_step()
             if self.step is not None:
                 what = f"{folder / str(self.step)} cannot be used"
-                what += " (moved away, a run goes on from the one before)"
+                what += " (move it away to go on from the one before)"
                 check(self.folder / str(self.step) / ARRAYS, facts)
             mine = np.frombuffer(f"{self.step}".encode().ljust(32), np.uint8)
             seen = multihost_utils.process_allgather(mine)

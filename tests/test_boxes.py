@@ -373,6 +373,15 @@ def test_the_scale_of_a_box_that_is_not_understood_is_plain() -> None:
     assert structure(state) == structure(optimizer.init(params))
 
 
+def test_metadata_that_is_not_understood_makes_a_plain_scale() -> None:
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for metadata in ({"out_sharding": whole}, {"out_sharding": "xy"}):
+        with nnx.use_eager_sharding(False):
+            params = nnx.State({"kernel": nnx.Param(jnp.ones((4, 32)), **metadata)})
+            scale = scale_by_adam3(**INT8).init(params).m.scale["kernel"]
+        assert isinstance(scale, jax.Array)
+
+
 class Layer(eqx.Module):
     weight: jax.Array
 

@@ -14,6 +14,7 @@ from adam3_optax import (
     adam3w,
     convert_state,
     from_adam_state,
+    scale_by_adam3,
     to_adam_state,
 )
 from tests.settings import (
@@ -164,3 +165,31 @@ def test_conversions_of_leaves_and_counts_round_apart() -> None:
     for i, a in enumerate(masks):
         for b in masks[:i]:
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.2
+
+
+def test_adam_of_parameters_of_several_dtypes() -> None:
+    params = {"w": jnp.ones((4, 32), jnp.bfloat16), "b": jnp.ones(4)}
+    for half in (jnp.bfloat16, jnp.float16):
+        params["w"] = params["w"].astype(half)
+        state = from_adam_state(optax.scale_by_adam().init(params))
+        assert {x.dtype for x in jax.tree.leaves(state[:3])} == {jnp.dtype("float32")}
+        scale_by_adam3().update(params, state)
+
+
+def test_a_stacked_state_is_named_by_conversion() -> None:
+    state = jax.vmap(scale_by_adam3().init)(jnp.ones((5, 4, 32)))
+    with pytest.raises(ValueError, match=r"count has shape \(5,\).*jax.vmap"):
+        convert_state(state, m_dtype="bfloat16")
+    converted = jax.vmap(lambda x: convert_state(x, m_dtype="bfloat16"))(state)
+    assert converted.m.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["int8", jnp.int32, bool])
+def test_mu_must_be_floating(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="mu_dtype must be a floating dtype or None"):
+        to_adam_state(scale_by_adam3().init(jnp.ones(3)), mu_dtype=dtype)
+
+
+def test_mu_stays_finite_in_float16() -> None:
+    state = scale_by_adam3().init(jnp.ones(3))._replace(m=jnp.full(3, 1e6))
+    assert jnp.isfinite(to_adam_state(state, mu_dtype=jnp.float16).mu).all()

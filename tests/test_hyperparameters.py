@@ -345,3 +345,9 @@ def test_safe_settings_are_silent(form: Any) -> None:
 def test_a_bounded_term_needs_no_warning() -> None:
     for form in BOUNDED:
         scale_by_adam3(b2=0.95, b3=0.996, third_moment=form)
+
+
+def test_a_warning_needs_no_module_around_it() -> None:
+    code = "import adam3_optax; adam3_optax.adam3(b2=0.9101, b3=0.9991)"
+    with pytest.warns(BlowUpWarning):
+        exec(code, {})

@@ -111,3 +111,33 @@ def test_places_are_for_the_rate_and_two_decays(standard_promotion: None) -> Non
         lam = optax.constant_schedule(0.1)
         updates, _ = first_step(made(1e-3, 0.9, 0.95, b3=0.9, lam=lam), ZEROS, MIXED)
         assert updates["w"].dtype == BF16
+
+
+@pytest.mark.parametrize("leaf", ["no", 1, 0.5, np.ones(2, bool), jnp.ones(2) > 0])
+def test_a_mask_that_is_not_boolean_is_named(leaf: Any) -> None:
+    for mask in ({"w": True, "b": leaf}, lambda _: {"w": True, "b": leaf}):
+        with pytest.raises(TypeError, match=r"mask\['b'\] must be a boolean"):
+            adam3w(mask=mask).init(MIXED)
+
+
+def test_booleans_of_every_kind_are_masks() -> None:
+    for true in (True, np.True_, np.array(True), jnp.array(True)):
+        optimizer = adam3w(0.1, weight_decay=0.5, mask={"w": true, "b": False})
+        updates, _ = first_step(optimizer, ZEROS, MIXED)
+        np.testing.assert_array_equal(updates["w"], BF16(-0.10009765625))
+
+
+def test_a_mask_of_traced_values_is_named() -> None:
+    def step(params: Any) -> Any:
+        optimizer = adam3w(mask=lambda p: jax.tree.map(lambda x: x.sum() > 0, p))
+        return first_step(optimizer, ZEROS, params)
+
+    with pytest.raises(TypeError, match="does not depend on traced values"):
+        jax.jit(step)(MIXED)
+
+
+def test_parameters_of_another_shape_are_not_broadcast() -> None:
+    optimizer = adam3w()
+    state = optimizer.init(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), but its update \(3,\)"):
+        optimizer.update(jnp.ones(3), state, jnp.ones((2, 3)))

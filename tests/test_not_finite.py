@@ -106,3 +106,25 @@ def test_zero_gradients_are_not_spoiled_by_rounding(form: Any) -> None:
     updates, state = first_step(optimizer, jnp.zeros((2, 32)))
     assert not updates.any()
     assert not any(loaded(x).any() for x in state.moments)
+
+
+@EACH_FORM
+@pytest.mark.parametrize("lam", [0.0, 0.01])
+@pytest.mark.parametrize("traced", [False, True])
+def test_no_clip_is_no_infinity(form: Any, lam: float, traced: bool) -> None:
+    # After an isolated gradient s decays more slowly than v, until the skewness
+    # overflows.
+    def run(tau: Any) -> Any:
+        made = scale_by_adam3(b2=0.95, b3=0.97, lam=lam, tau=tau, third_moment=form)
+
+        def step(state: Any, g: Any) -> Any:
+            updates, state = made.update(g, state)
+            return state, updates
+
+        gradients = jnp.zeros(3000).at[1].set(1.0)
+        return jax.lax.scan(step, made.init(jnp.zeros(())), gradients)[1]
+
+    updates = jax.jit(run)(jnp.float32(jnp.inf)) if traced else run(float("inf"))
+    assert np.isfinite(updates).all()
+    if lam == 0.0:
+        assert np.abs(updates).max() <= 1.01

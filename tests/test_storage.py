@@ -322,7 +322,7 @@ def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> No
 
 
 def test_a_format_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Truncated(_storage.Wide):
+    class Truncated(_storage.OneArray):
         """Stored in float16, the root of v in units of 1/1024."""
 
         dtypes = (jnp.float16,)
