@@ -37,7 +37,7 @@ FIRST = {
     "_boxes": ["boxes"],
     "_optimizers": ["optimizers", "mask"],
 }
-# Long tests, which kill little that others do not.
+# Words in the names of long tests, which kill little that others do not.
 SLOW = [
     *("permuted", "split", "reshaped", "negated", "drift", "blow_up", "slow_averages"),
     *("comes_to_rest", "pure_decay", "uniform", "nnx", "debugging_flags"),
@@ -406,24 +406,25 @@ class Runner:
             original = file.read_text()
             file.write_text(mutant.applied(original))
             try:
-                first = self.run(copy, FIRST[mutant.file])
-                if first.killed or self.quick:
-                    return first
-                later = self.run(copy, LATER_OF[mutant.file])
-                return later._replace(seconds=first.seconds + later.seconds)
+                seconds = 0.0
+                for tests, words in stages(mutant.file)[: 1 if self.quick else None]:
+                    result = self.run(copy, tests, words)
+                    seconds += result.seconds
+                    if result.killed:
+                        break
+                return result._replace(seconds=seconds)
             finally:
                 file.write_text(original)
 
-    def run(self, copy: Path, tests: Sequence[str]) -> Result:
-        """Runs tests in a copy until one fails."""
+    def run(self, copy: Path, tests: Sequence[str], words: str = "") -> Result:
+        """Runs the tests whose names fit the words, in a copy, until one fails."""
         files = [f"tests/test_{name}.py" for name in tests]
         options = "-x -q -p no:cacheprovider --tb=no --hypothesis-profile=mutants"
         # Far above what they take, so that only a mutant that hangs meets it.
         limit = 120 + 5 * sum(self.seconds.get(name, 700.0) for name in tests)
-        fast = ["-k", f"not ({' or '.join(SLOW)})"] if self.quick else []
         start = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options.split(), *fast, *files],
+            [sys.executable, "-m", "pytest", *options.split(), "-k", words, *files],
             cwd=copy,
             # Bytecode is told from newer text by whole seconds: it could be stale.
             env=os.environ
@@ -468,7 +469,11 @@ def kill(process: "subprocess.Popen[Any]") -> None:
     process.wait()
 
 
-LATER_OF = {file: [x for x in LATER if x not in FIRST[file]] for file in FIRST}
+def stages(file: str) -> list[tuple[list[str], str]]:
+    """Returns which tests run one after the other, until one fails."""
+    slow = " or ".join(SLOW)
+    later = [x for x in LATER if x not in FIRST[file]]
+    return [(FIRST[file], f"not ({slow})"), (later, f"not ({slow})"), (LATER, slow)]
 
 
 def main() -> int:
