@@ -42,10 +42,13 @@ SLOW = [
     *("permuted", "split", "reshaped", "negated", "drift", "blow_up", "slow_averages"),
     *("comes_to_rest", "pure_decay", "uniform", "nnx", "debugging_flags"),
 ]
-LATER = [
-    *("modes", "not_finite", "rounding", "transform", "rule", "storage", "optimizers"),
-    *("mask", "without_third_moment", "conversion", "diagnostics", "hyperparameters"),
-    *("compilations", "export", "boxes", "low_precision", "sharding"),
+SECOND = [
+    *("modes", "not_finite", "storage", "hyperparameters", "rounding", "transform"),
+    *("rule", "optimizers", "compilations"),
+]
+THIRD = [
+    *("boxes", "mask", "without_third_moment", "conversion", "diagnostics", "export"),
+    *("low_precision", "sharding"),
 ]
 
 
@@ -472,8 +475,10 @@ def kill(process: "subprocess.Popen[Any]") -> None:
 def stages(file: str) -> list[tuple[list[str], str]]:
     """Returns which tests run one after the other, until one fails."""
     slow = " or ".join(SLOW)
-    later = [x for x in LATER if x not in FIRST[file]]
-    return [(FIRST[file], f"not ({slow})"), (later, f"not ({slow})"), (LATER, slow)]
+    first = FIRST[file]
+    second, third = ([x for x in y if x not in first] for y in (SECOND, THIRD))
+    quick = [(x, f"not ({slow})") for x in (first, second, third)]
+    return [*quick, (SECOND + THIRD, slow)]
 
 
 def main() -> int:
@@ -507,7 +512,7 @@ def main() -> int:
         runner = Runner(Path(folder), args.jobs, args.quick)
         try:
             if not args.trusted:
-                list(pool.map(runner.clean, LATER))
+                list(pool.map(runner.clean, SECOND + THIRD))
                 for name, seconds in runner.seconds.items():
                     print(f"passes    {seconds:4.0f} s  without a mutant: {name}")
             jobs = {pool.submit(runner.judge, x): x for x in chosen}
