@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-COPIED = "adam3_optax", "tests", "pyproject.toml"
+COPIED = "adam3_optax", "tests", "docs", "examples", "pyproject.toml"
 LEAST = 0.95  # of those that count
 
 # The likeliest killers of a file's mutants come first, and are often enough.
