@@ -210,6 +210,8 @@ MUTANTS = [
         "_storage",
         "jnp.minimum(_rounding.to_integer(root, self.power, bits), largest)",
         "_rounding.to_integer(root, self.power, bits)",
+        "a root exceeds the largest code by rounding alone, which to_integer takes for "
+        "the code, or if its scale is no normal number, which a CPU takes for 0",
     ),
     Mutant(
         "_storage", "to_integer(root, self.power, bits)", "to_integer(root, 1, bits)"
