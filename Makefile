@@ -12,7 +12,7 @@ APART := notebook benchmarks study examples checkpoints multi_process packaging 
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo bench study test test-package test-oldest test-slow test-gpu lint format wheel clean
+.PHONY: help demo bench study test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
@@ -23,12 +23,14 @@ help:
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
 	@echo "make test-slow run the tests that take minutes each"
 	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
+	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
 	@echo "make lint      lint and type-check alone"
 	@echo "make format    format the code"
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what make made"
 	@echo "Variables: PYTHON=python3.13 VENV=.venv313; ARGS for the demo, as ARGS='--steps 200',"
-	@echo "  and for bench and study, as ARGS=--quick; RECORD, the folder that bench writes to;"
+	@echo "  and for bench, study and mutants, as ARGS=--quick;"
+	@echo "  RECORD, the folder that bench writes to;"
 	@echo "  TEXT, a UTF-8 file for the study's language models"
 
 demo: $(STAMPS)/.examples
@@ -71,6 +73,9 @@ test-gpu: $(STAMPS)/.dev
 	else \
 	  echo "make test-gpu: skipped, for neither JAX, nvidia-smi nor rocminfo finds a GPU"; \
 	fi
+
+mutants: $(STAMPS)/.dev
+	@"$(BIN)/python" -m tests.mutants $(ARGS)
 
 lint: $(STAMPS)/.dev
 	@"$(BIN)/ruff" check --quiet

@@ -19,6 +19,7 @@ from flax.training import train_state
 from jax.sharding import AxisType
 
 from adam3_optax import (
+    _boxes,
     adam3w,
     convert_state,
     from_adam_state,
@@ -301,6 +302,16 @@ def test_nnx_state_is_sharded_by_its_boxes(kind: AxisType, names: Any) -> None:
         nnx.update(optimizer, state)
         nnx.jit(nnx_step)(model, optimizer)
     assert optimizer.opt_state[0].count == 1
+
+
+@pytest.mark.parametrize("key", ["out_sharding", "optimizer_sharding"])
+def test_every_name_of_a_sharding_of_nnx_counts(key: str) -> None:
+    mesh = mesh_of(4, AxisType.Auto)
+    for names, split in ((("x", None), False), ((None, "x"), True), (("x",), False)):
+        for value in (names, jax.NamedSharding(mesh, jax.P(*names))):
+            param = nnx.Param(jnp.ones((4, 32)))
+            param.set_metadata(key, value)
+            assert _boxes.names_last_axis(param) is split
 
 
 @EACH_NAMES

@@ -80,6 +80,12 @@ def test_with_lam_zero_the_switch_changes_nothing() -> None:
     assert_close(to_adam_state(got[1]), want[1], rtol=0.0)
 
 
+@EACH_NARROW
+def test_the_way_back_is_to_the_type_computed_in(storage: Any) -> None:
+    adam = to_adam_state(adam3(**storage).init(PARAMS))[0]
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((adam.mu, adam.nu)))
+
+
 def test_the_way_back_takes_a_type_for_mu() -> None:
     state = adam3w(1e-2, **STORAGE["int8"]).init(PARAMS)
     back = to_adam_state(state, mu_dtype=jnp.bfloat16)

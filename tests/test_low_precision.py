@@ -197,6 +197,16 @@ def test_temporary_memory(form: Any, leaves: int) -> None:
         assert found["bfloat16"] < 0.01
 
 
+def test_moments_of_8_bits_are_stored_one_after_the_other() -> None:
+    # With barriers between three moments. Whether they save memory depends on the
+    # release of JAX, so that the test above may not miss them.
+    for name, barriers in (("default", 0), ("bfloat16", 0), ("int8", 2)):
+        optimizer = scale_by_adam3(**SETTINGS[name])
+        state = optimizer.init(PARAMS["w"])
+        program = str(jax.make_jaxpr(optimizer.update)(PARAMS["w"], state))
+        assert program.count("optimization_barrier") == barriers
+
+
 # Long runs.
 
 EVERY = [(form, name) for form in FORMS for name in SETTINGS if name != "adam"]

@@ -1,5 +1,6 @@
 """JAX's debugging flags, double precision, and the edges of shapes and dtypes."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -23,8 +24,10 @@ from tests.settings import (
     GRADIENTS,
     PARAMS,
     all_at,
+    assert_close,
     assert_finite,
     assert_same,
+    each_storage,
     first_step,
     train,
     types,
@@ -86,6 +89,19 @@ def test_gradients_of_another_width_than_the_state(
         np.testing.assert_allclose(u, x, rtol=1e-4, atol=1e-6)
 
 
+@each_storage("default", "adam")
+def test_narrow_gradients_are_computed_in_the_width_of_a_wide_state(
+    storage: Any, x64: None
+) -> None:
+    params = jax.tree.map(lambda x: x.astype(float), PARAMS)
+    optimizer = scale_by_adam3(b3=0.9, **storage)
+    narrow = wide = optimizer.init(params)
+    for g in GRADIENTS[:3]:
+        _, narrow = optimizer.update(g, narrow)
+        _, wide = optimizer.update(jax.tree.map(lambda x: x.astype(float), g), wide)
+    assert_close(narrow, wide, rtol=1e-13)
+
+
 @EACH_STORAGE
 def test_a_count_of_64_bits_stays_one(storage: Any, x64: None) -> None:
     optimizer = scale_by_adam3(**storage)
@@ -113,7 +129,9 @@ def test_int8_of_small_leaves_alone_is_float32() -> None:
     for got, want in zip(narrow[1][0].moments, wide[1][0].moments, strict=True):
         assert isinstance(got, Int8)
         assert_same(got.codes, want)
-        assert [x.shape for x in jax.tree.leaves(got.scale)] == [(1,), (), (1, 1)]
+        scales = jax.tree.leaves(got.scale)
+        assert [x.shape for x in scales] == [(1,), (), (1, 1)]
+        assert not any(x.any() for x in scales)
 
 
 def test_int8_takes_integers_as_small_leaves() -> None:
@@ -126,6 +144,15 @@ def test_int8_takes_integers_as_small_leaves() -> None:
         assert types(after) == types(state)
     assert state.m.codes["i"].dtype == jnp.float32
     assert not state.m.codes["i"].any()
+
+
+@pytest.mark.parametrize("params", [{}, {"b": PARAMS["b"]}], ids=["none", "small"])
+def test_a_state_without_codes_is_told_by_its_type(params: Any) -> None:
+    # Its dtypes alone would fit.
+    int8, wide, adam = (scale_by_adam3(**x) for x in (INT8, {}, {"third_moment": None}))
+    for made, used in itertools.permutations((int8, wide, adam), 2):
+        with pytest.raises(ValueError, match="_dtype says"):
+            used.update(params, made.init(params))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,46 @@ def test_a_square_that_overflows_is_finite_in_the_state(
         assert (loaded(state.v) > 0).all()
 
 
+NARROW = pytest.mark.parametrize("setting", ["float32", "bfloat16", "int8"])
+
+
+@NARROW
+def test_wide_gradients_keep_a_narrow_state_finite(setting: str, x64: None) -> None:
+    # Every moment is beyond float32, and is stored as a quarter of its maximum. From
+    # there the next update is neither infinite nor 0.
+    optimizer = scale_by_adam3(b3=0.9, **all_at(setting))
+    narrow = jnp.ones((2, 32), jnp.float32)
+    _, state = first_step(optimizer, jnp.full((2, 32), 1e60), narrow)
+    for field in state.moments:
+        np.testing.assert_allclose(loaded(field) > 0, True)
+        assert np.isfinite(loaded(field)).all()
+    updates, _ = optimizer.update(narrow, state._replace(count=jnp.int32(1000)))
+    assert np.isfinite(updates).all()
+    assert (updates > 0).all()
+
+
+@NARROW
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_wide_gradients_that_are_not_finite_show_in_a_narrow_state(
+    setting: str, bad: float, x64: None
+) -> None:
+    g = jnp.ones((2, 32)).at[0, 3].set(bad)
+    assert g.dtype == jnp.float64
+    optimizer = scale_by_adam3(**all_at(setting))
+    _, state = first_step(optimizer, g, jnp.ones((2, 32), jnp.float32))
+    for field in state.moments:
+        finite = np.isfinite(loaded(field))
+        assert not finite[0, 3]
+        assert finite[1].all()
+
+
+def test_m_goes_to_the_edge_of_float32() -> None:
+    # With no average to overflow, nothing of it is clipped.
+    g = jnp.asarray([MAXIMUM, -3e38, 1.0], jnp.float32)
+    _, state = first_step(scale_by_adam3(b1=0.0), g)
+    np.testing.assert_array_equal(state.m, g)
+
+
 @pytest.mark.parametrize("eps", [1e-8, 1.0, 1e26, MAXIMUM])
 @EACH_FORM
 def test_every_eps_keeps_the_state_finite(form: Any, eps: float) -> None:

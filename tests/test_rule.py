@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adam3_optax import ScaleByAdam3State, scale_by_adam3
-from adam3_optax._rule import Hyperparameters, Moments, coefficients
+from adam3_optax._rule import (
+    Hyperparameters,
+    Moments,
+    coefficients,
+    standard_deviation,
+)
 from tests import reference
 from tests.reference import Setting
 from tests.settings import BOUNDED, EACH_FORM, FORMS, UNBOUNDED
@@ -371,6 +376,29 @@ def test_no_finite_gradient_poisons_the_state(form: Any) -> None:
     assert np.all(np.isfinite(u[:, :, 1:]))
     full = [1e-6 <= size <= 1e18 for size in RANGE]
     np.testing.assert_allclose(u[:, 0, full], 1.0, rtol=0.03)
+
+
+@pytest.mark.parametrize("b2", [0.5, 0.9, 0.999])
+def test_a_square_counts_as_a_quarter_of_the_maximum_at_most(b2: float) -> None:
+    # More could round up to infinity, in the average or in its correction.
+    quarter = float(np.finfo(np.float32).max) / 4
+    gradients = [[1e30], [1.0], [-1e30], [1e19]]
+    state, _ = run(scale_by_adam3(b2=b2, lam=0.0), gradients)
+    v = 0.0
+    for got, square in zip(state.v, (quarter, 1.0, quarter, quarter), strict=True):
+        v = b2 * v + (1 - b2) * square
+        np.testing.assert_allclose(got, v, rtol=1e-6)
+
+
+def test_where_a_skewness_begins() -> None:
+    # Above 2²⁴ times the smallest normal number, and not at it.
+    edge = np.float32(2.0**24) * np.finfo(np.float32).tiny
+    v = np.stack([0 * edge, edge / 2, edge, np.nextafter(edge, np.float32(1))])
+    h = Hyperparameters(Moments(0.0, 0.0, 0.0), 0.1, 1.0, 0.0, 0.0)
+    k = coefficients(h, jnp.int32(1), jnp.float32)
+    sigma, seen = standard_deviation(jnp.asarray(v), k)
+    assert seen.tolist() == [False, False, False, True]
+    np.testing.assert_allclose(sigma, [1.0, 1.0, 1.0, float(edge) ** 0.5], rtol=1e-6)
 
 
 @EACH_FORM

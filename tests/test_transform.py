@@ -66,6 +66,7 @@ def test_moments_of_narrow_parameters_rest_in_float32() -> None:
     for dtype in (BF16, F16):
         state = scale_by_adam3().init(jnp.ones(2, dtype))
         assert [x.dtype for x in moments(state)] == [F32] * 3
+        assert types(state.count) == types(jnp.int32(0))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(BF16, 8), (F16, 11)])
