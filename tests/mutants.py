@@ -334,10 +334,10 @@ MUTANTS = [
     Mutant("_transform", "not f.fits(field)", "False"),
     # _boxes.
     Mutant("_boxes", "(x)) < 2", "(x)) == 1"),
-    Mutant("_boxes", "return any(", "return not any("),
+    Mutant("_boxes", "return not known or any(", "return not known or not any("),
     Mutant("_boxes", "return True", "return False"),
-    Mutant("_boxes", "len(spec) > last and spec[last] is not None", "len(spec) > last"),
-    Mutant("_boxes", "len(spec) > last and", "len(spec) >= last and"),
+    Mutant("_boxes", "x[last:] and x[last] is not None", "bool(x[last:])"),
+    Mutant("_boxes", "return not known or any(", "return any("),
     Mutant("_boxes", '"optimizer_sharding", ', ""),
     Mutant("_boxes", 'getattr(x, "spec", x)', "x"),
     # _optimizers.
@@ -346,7 +346,7 @@ MUTANTS = [
     Mutant(
         "_optimizers", "count=optax.safe_increment(state.count)", "count=state.count"
     ),
-    Mutant("_optimizers", "chosen = mask(params) if", "chosen = mask(updates) if"),
+    Mutant("_optimizers", "jax.tree.map_with_path(_check_boolean, tree)", "pass"),
     Mutant(
         "_optimizers",
         "-jnp.asarray(rate_at(0), u.dtype)",
