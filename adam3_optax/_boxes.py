@@ -14,10 +14,16 @@ _KINDS = (
 
 
 def is_box(x: object) -> bool:
-    """Returns whether x is a box with an array, or with nothing, in it."""
-    # Not imported: if its module is not loaded, there is no such box.
-    kinds = [getattr(sys.modules.get(module), name, ()) for module, name in _KINDS]
-    return isinstance(x, tuple(k for k in kinds if k)) and len(jax.tree.leaves(x)) < 2
+    """Returns whether x is a box that holds one array."""
+    return _is_known(x) and len(jax.tree.leaves(x)) == 1
+
+
+def is_place(x: object) -> bool:
+    """Returns whether x is the place of one gradient: None, or a box of at most one.
+
+    A box may be empty: it holds None, or what `optax.masked` leaves to others.
+    """
+    return x is None or (_is_known(x) and len(jax.tree.leaves(x)) < 2)
 
 
 def opened(tree: Any) -> Any:
@@ -54,5 +60,11 @@ def names_last_axis(box: Any) -> bool:
     return not known or any(x[last:] and x[last] is not None for x in map(tuple, specs))
 
 
+def _is_known(x: object) -> bool:
+    # Not imported: if its module is not loaded, there is no such box.
+    kinds = [getattr(sys.modules.get(module), name, ()) for module, name in _KINDS]
+    return isinstance(x, tuple(kind for kind in kinds if kind))
+
+
 def _content(x: Any) -> Any:
-    return (jax.tree.leaves(x) or [None])[0] if is_box(x) else x
+    return jax.tree.leaves(x)[0] if is_box(x) else x

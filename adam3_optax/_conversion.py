@@ -105,7 +105,7 @@ def to_adam_state(
         treedef, loaded = _load(adam3)
         mu, nu = treedef.unflatten(loaded.m), treedef.unflatten(loaded.v)
         if mu_dtype is not None:
-            mu = jax.tree.map(lambda x: _storage.narrowed(x, mu_dtype), mu)
+            mu = jax.tree.map(lambda x: x.astype(mu_dtype), mu)
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
 
     return _replace(state, ScaleByAdam3State, convert, "to_adam_state")
@@ -124,6 +124,9 @@ def convert_state(
     From `third_moment=None` to a form, s starts at 0. From a form to None, s is
     dropped. Between forms s stays as it is: it goes on from an average of something
     else, and forgets that within a few times 1/(1-b3) steps.
+
+    A state does not say of which dtype the parameters are. A moment that was stored in
+    less than float64 becomes float32 with None, also for float64 parameters.
 
     Args:
         state: An optimizer state, with m, v and s stored in any way.

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from adam3_optax import _hyperparameters as hp
+from adam3_optax._boxes import opened
 from adam3_optax._rule import ThirdMoment
 from adam3_optax._storage import DTypeSetting, computed_in
 from adam3_optax._transform import scale_by_adam3
@@ -197,6 +198,7 @@ def _add_decayed_weights(
         def decayed(u: jax.Array | None, p: jax.Array) -> jax.Array | None:
             if u is None:
                 return None
+            p = opened(p)  # gradients may be plain where parameters are in boxes
             if u.shape != jnp.shape(p):
                 raise ValueError(
                     f"a parameter has shape {jnp.shape(p)}, but its update {u.shape}"

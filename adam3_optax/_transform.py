@@ -178,9 +178,7 @@ def scale_by_adam3(
             return _boxes.refilled(item, u), _boxes.refilled(stored, new)
 
         treedef: Any  # JAX says Unknown
-        leaves, treedef = jax.tree.flatten_with_path(
-            updates, is_leaf=lambda x: x is None or _boxes.is_box(x)
-        )
+        leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=_boxes.is_place)
         split = functools.partial(_split, treedef)
         rows = map(Moments, *formats.map(split, NAMES, state.moments))
         pairs = enumerate(zip(leaves, rows, strict=True))

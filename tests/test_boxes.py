@@ -243,6 +243,50 @@ def test_masks_and_gradients_of_none_in_boxes() -> None:
     assert_same(updates["bias"], params["bias"])
 
 
+def matrices(params: Any) -> Any:
+    """A mask of leaves: where it is False, `optax.masked` leaves an empty box."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+@pytest.mark.parametrize("storage", [{}, INT8, {"third_moment": None}])
+@EACH_NAMES
+def test_empty_boxes_pass_through(names: Any, storage: Any) -> None:
+    params = boxed(names) | {"none": nn.Partitioned(None, names=(None,))}
+    optimizer = optax.masked(adam3w(0.1, **storage), matrices)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(params, state, params)
+    assert structure(state) == structure(optimizer.init(params))
+    assert_same(updates["bias"], params["bias"])
+    form = storage.get("third_moment", "cubic")
+    kept = {k: v for k, v in storage.items() if k != "third_moment"}
+    wide = convert_state(state, third_moment=form)
+    assert structure(convert_state(wide, third_moment=form, **kept)) == structure(state)
+    adam = to_adam_state(state)
+    back = from_adam_state(adam, third_moment=form, **kept)
+    assert structure(back) == structure(state)
+    if form is not None:
+        known: Any = {"b1": 0.9, "b2": 0.999, "b3": 0.999, "lam": 0.01, "tau": 1.0}
+        report = third_moment_report(state, **known, third_moment=form)
+        assert len(report.leaves) == 1
+
+
+def test_empty_boxes_on_a_mesh() -> None:
+    mesh, params = mesh_of(4, AxisType.Auto), boxed(("x", None))
+    optimizer = optax.masked(adam3w(0.1, **INT8), matrices)
+    where = state_shardings(optimizer, params, nn.get_sharding(params, mesh))
+    state = jax.jit(optimizer.init, out_shardings=where)(params)
+    assert structure(state) == structure(optimizer.init(params))
+
+
+def test_plain_gradients_decay_parameters_in_boxes() -> None:
+    params, optimizer = boxed((None, "x")), adam3w(0.1, weight_decay=0.5, **INT8)
+    plain = nn.meta.unbox(params)
+    got, _ = optimizer.update(plain, optimizer.init(params), params)
+    want, _ = optimizer.update(plain, optimizer.init(plain), plain)
+    assert_same(got, want)
+
+
 # NNX.
 
 
@@ -337,6 +381,21 @@ def test_nnx_params_in_a_train_state(names: Any) -> None:
     got, want = (jax.tree.leaves(jax.device_get(x)) for x in (state, expected))
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["masked", "partition"])
+def test_nnx_with_int8_on_the_matrices_alone(how: str) -> None:
+    ours = adam3w(0.1, **INT8)
+    others = {True: ours, False: optax.sgd(0.1)}
+    transformation = {
+        "masked": optax.masked(ours, matrices),
+        "partition": optax.partition(others, matrices),
+    }[how]
+    with jax.set_mesh(mesh_of(4, AxisType.Auto)):
+        model = Model((None, "x"))
+        optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+        nnx_step(model, optimizer)
+        nnx.jit(nnx_step)(model, optimizer)
 
 
 def test_nnx_states_split_and_merge() -> None:

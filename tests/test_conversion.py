@@ -194,8 +194,3 @@ def test_a_stacked_state_is_named_by_conversion() -> None:
 def test_mu_must_be_floating(dtype: Any) -> None:
     with pytest.raises(ValueError, match="mu_dtype must be a floating dtype or None"):
         to_adam_state(scale_by_adam3().init(jnp.ones(3)), mu_dtype=dtype)
-
-
-def test_mu_stays_finite_in_float16() -> None:
-    state = scale_by_adam3().init(jnp.ones(3))._replace(m=jnp.full(3, 1e6))
-    assert jnp.isfinite(to_adam_state(state, mu_dtype=jnp.float16).mu).all()
