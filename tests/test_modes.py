@@ -46,7 +46,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flag", FLAGS.values(), ids=FLAGS)
-@EACH_STORAGE
+@each_storage("int8", "mixed", "adam")
 def test_debugging_flags_find_nothing(flag: Any, storage: Any) -> None:
     # A run, eager and jitted, and all that can be done with its state.
     has_s = storage.get("third_moment", "cubic") is not None

@@ -25,7 +25,7 @@ from adam3_optax import (
     to_adam_state,
 )
 from tests.settings import (
-    EACH_FORM,
+    FORMS,
     GRADIENTS,
     PARAMS,
     assert_same,
@@ -43,6 +43,9 @@ WITHOUT_S: dict[str, Any] = {
     "int8": {"m_dtype": "int8", "v_dtype": "int8"},
     "mixed": {"m_dtype": "int8", "v_dtype": "bfloat16"},
 }
+# Each form once, and each storage once.
+PAIRS = [*((form, {}) for form in FORMS), *((FORMS[0], x) for x in WITHOUT_S.values())]
+EACH_PAIR = pytest.mark.parametrize(("form", "storage"), PAIRS)
 EACH_WITHOUT_S = pytest.mark.parametrize("storage", WITHOUT_S.values(), ids=WITHOUT_S)
 
 
@@ -58,8 +61,7 @@ def test_m_and_v_are_those_of_optax_bit_for_bit(
     assert_same((ours.m, ours.v, ours.count), (theirs.mu, theirs.nu, theirs.count))
 
 
-@EACH_FORM
-@EACH_WITHOUT_S
+@EACH_PAIR
 def test_the_update_is_that_of_lam_0_bit_for_bit(form: Any, storage: Any) -> None:
     params, state = train(adam3w(0.1, third_moment=None, **storage))
     zero = adam3w(0.1, b3=0.9, lam=0.0, third_moment=form, **storage)
@@ -130,8 +132,7 @@ def test_to_and_from_adam_without_loss(standard_promotion: None) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), updates, expected)
 
 
-@EACH_FORM
-@EACH_WITHOUT_S
+@EACH_PAIR
 def test_to_a_form_and_back(form: Any, storage: Any) -> None:
     _, state = train(WITHOUT(**storage))
     with_s = convert_state(state, third_moment=form, **storage)
