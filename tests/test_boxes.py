@@ -155,9 +155,10 @@ def test_what_devices_tell_each_other(kind: AxisType, names: Any, how: str) -> N
         name: len(re.findall(rf"= \S+ {name}\(", text))
         for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
     }
+    # JAX 0.10 combines the maxima of three moments; JAX 0.12 does not.
+    assert counts.pop("all-reduce") in ((0,) if names[1] is None else (1, 3))
     assert counts == {
         "all-gather": 3 if how == "boxes" and None not in names else 0,
-        "all-reduce": 0 if names[1] is None else 1,
         "all-to-all": 0,
         "collective-permute": 0,
     }
