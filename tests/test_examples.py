@@ -83,6 +83,7 @@ def test_char_lm_learns_and_reports(tmp_path: Path) -> None:
     check_files(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_char_lm_cubic_is_adam_and_a_seed_fixes_all(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT, "utf-8")
     outcomes = []
