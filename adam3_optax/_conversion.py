@@ -10,7 +10,7 @@ import optax
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _storage
 from adam3_optax._boxes import is_box, opened, refilled
-from adam3_optax._rounding import leaf_keys, random_bits
+from adam3_optax._rounding import leaf_key, random_bits
 from adam3_optax._rule import Moments, ThirdMoment
 from adam3_optax._states import find
 from adam3_optax._storage import NAMES, DTypeSetting, Field, Format
@@ -174,20 +174,23 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
     """Returns the state with its moments in other formats."""
     check_not_stacked(state)
     treedef, loaded = _load(state)
-    keys = Moments.columns([leaf_keys(i) for i in range(treedef.num_leaves)])
 
-    def store(f: Format, field: Field, leaves: list[Any], keys: Any) -> Field:
+    def bits(f: Format, leaf: int, x: jax.Array) -> jax.Array:
+        drawn = random_bits(state.count, leaf_key(leaf), x.shape)
+        return getattr(drawn, f.moment)
+
+    def store(f: Format, field: Field, leaves: list[Any]) -> Field:
         if f.fits(field):
             return field
         olds = f.split(treedef, f.zeros(treedef.unflatten(leaves)))
         rounded = [
-            f.store(opened(x), opened(old), random_bits(state.count, key))
-            for x, old, key in zip(leaves, olds, keys, strict=True)
+            f.store(opened(x), opened(old), bits(f, leaf, opened(x)))
+            for leaf, (x, old) in enumerate(zip(leaves, olds, strict=True))
         ]
         rounded = list(map(refilled, olds, rounded))
         return f.join(treedef, rounded)
 
-    fields = formats.map(store, state.moments, loaded, keys)
+    fields = formats.map(store, state.moments, loaded)
     return ScaleByAdam3State(*fields, count=state.count)
 
 

@@ -1,7 +1,7 @@
 """Stochastic rounding: random bits from integers alone, and float32 to bfloat16."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,42 +11,40 @@ from jax import lax
 
 from adam3_optax._rule import Moments
 
-RandomBits = Callable[[jax.Array], jax.Array]
 Key = np.ndarray  # two numbers of 32 bits
 
 
-def leaf_keys(leaf: int) -> Moments[Key]:
-    """Returns the keys of a leaf's moments: each rounds with random bits of its own."""
-    return Moments(
-        *(np.random.SeedSequence(3 * leaf + i).generate_state(2) for i in range(3))
-    )
+def leaf_key(leaf: int) -> Key:
+    """Returns the key of a leaf, odd numbers: each rounds with bits of its own."""
+    return np.random.SeedSequence(leaf).generate_state(2) | np.uint32(1)
 
 
 def random_bits(
-    count: jax.typing.ArrayLike, key: Key | jax.typing.ArrayLike
-) -> RandomBits:
-    """Returns a function that makes 32 random bits for each element of an array.
+    count: jax.typing.ArrayLike, key: Key | jax.typing.ArrayLike, shape: Sequence[Any]
+) -> Moments[jax.Array]:
+    """Returns 32 random bits for each element of each moment; the upper 24 are good.
 
     They depend on the count, the key and the element's index alone. So the state holds
     no key, a resumed run repeats the straight one, and all shards and replicas agree.
     This is integer arithmetic, which XLA fuses and every backend supports.
     """
     count = jnp.asarray(count).astype(jnp.uint32)
-    seed = _mix(count * np.uint32(0x9E3779B9))
+    seed = _mix(count)
     # Use one of the key's two numbers: which one depends on the count, so XLA cannot
     # compute it ahead of time. If it could, each leaf's kernel would contain a constant
     # of its own, leaves of one shape could not share a kernel, and 1,000 leaves would
     # compile several times slower.
     own = lax.dynamic_index_in_dim(jnp.asarray(key), count % 2, keepdims=False)
-
-    def bits(x: jax.Array) -> jax.Array:
-        index = seed
-        for axis in range(x.ndim):
-            stride = _product(x.shape[axis + 1 :])
-            index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-        return _mix(index ^ own)
-
-    return bits
+    # Start from the leaf's own number. If leaves shared a sum of the seed and the rows,
+    # XLA on a GPU would merge their kernels, and take twice as long to compile.
+    index = seed * own
+    for axis in range(len(shape)):
+        stride = _product(shape[axis + 1 :])
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    bits = _mix(index)
+    # One draw serves three moments. Multiplied by odd numbers, its upper bits, which
+    # rounding uses, have nothing to do with each other.
+    return Moments(bits, bits * np.uint32(0x9E3779B1), bits * np.uint32(0x85EBCA77))
 
 
 def _product(sizes: Sequence[Any]) -> jax.Array:
@@ -66,13 +64,13 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def to_bfloat16(x: jax.Array, bits: RandomBits) -> jax.Array:
+def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """Rounds float32 to one of its two bfloat16 neighbours, and to x on average."""
     # The upper half of a float32 is a bfloat16. If 16 random bits are added to the
     # lower half, it carries into the upper one with exactly the right probability.
     pattern = lax.bitcast_convert_type(x, jnp.uint32)
     size = pattern & 0x7FFFFFFF  # without the sign, patterns are in the order of |x|
-    carried = pattern + jnp.where(size < _LARGEST, bits(x) >> 16, 0)
+    carried = pattern + jnp.where(size < _LARGEST, bits >> 16, 0)
     rounded = lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
     # A NaN may be a NaN by its lower half alone, which is cut off. So NaN is chosen
     # explicitly. The choice comes last because XLA on a CPU repeats a conversion, and
@@ -85,7 +83,7 @@ _INFINITY = np.uint32(0x7F800000)
 _NAN = np.array(np.nan, jnp.bfloat16)  # of NumPy, which `jax_debug_nans` lets pass
 
 
-def to_integer(root: jax.Array, power: int, bits: RandomBits) -> jax.Array:
+def to_integer(root: jax.Array, power: int, bits: jax.Array) -> jax.Array:
     """Rounds root >= 0 to a neighbouring integer k; kᵖ is rootᵖ on average, p <= 3."""
     # A root within some ulps of an integer is that integer. So a moment that is loaded
     # and stored again does not change. The tolerance must stay this small: with more,
@@ -100,5 +98,5 @@ def to_integer(root: jax.Array, power: int, bits: RandomBits) -> jax.Array:
         rise, span = f * (2 * k + f), 2 * k + 1
     elif power == 3:
         rise, span = f * (3 * k * (k + f) + f**2), 3 * k * (k + 1) + 1
-    draw = (bits(root) >> 8).astype(jnp.float32)  # float32 holds 24 bits exactly
+    draw = (bits >> 8).astype(jnp.float32)  # float32 holds 24 bits exactly
     return jnp.where(draw * span < rise * 2.0**24, k + 1, k)

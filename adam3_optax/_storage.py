@@ -16,7 +16,6 @@ import optax
 from jax import lax
 
 from adam3_optax import _boxes, _rounding
-from adam3_optax._rounding import RandomBits
 from adam3_optax._rule import Form, Moments
 
 NAMES = Moments("m", "v", "s")
@@ -72,12 +71,20 @@ class Format(abc.ABC):
         """Returns a leaf's moment, in float32 or wider."""
 
     @abc.abstractmethod
-    def store(self, x: jax.Array, old: Stored, bits: RandomBits) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
         """Returns a moment as a stored leaf, of the same dtypes as the old one."""
 
-    def after(self, stored: Stored, x: jax.Array) -> jax.Array:
-        """Returns x, to be computed after `stored` if that saves memory."""
-        return x
+    def in_turn(self, new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:
+        """Returns `new`, and `later`, to be read after `new` is written.
+
+        So on a CPU, if that saves memory; elsewhere one kernel writes all moments.
+
+        Args:
+            new: A leaf's moment after the step, as stored.
+            old: The same moment before the step.
+            later: Another moment of the leaf before the step: the next to be updated.
+        """
+        return new, later
 
     def fits(self, field: Field) -> bool:
         """Returns whether a field is of this format."""
@@ -116,7 +123,7 @@ class OneArray(Format):
     def load(self, stored: Stored) -> jax.Array:
         return jnp.asarray(stored[0]).astype(computed_in(*stored))
 
-    def store(self, x: jax.Array, old: Stored, bits: RandomBits) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
         return (narrowed(x, jnp.result_type(*old)),)
 
 
@@ -137,8 +144,13 @@ class BFloat16(OneArray):
 
     dtypes = (jnp.bfloat16,)
 
-    def store(self, x: jax.Array, old: Stored, bits: RandomBits) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
         return (_rounding.to_bfloat16(narrowed(x, jnp.float32), bits),)
+
+    def in_turn(self, new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:
+        return lax.platform_dependent(
+            new, later, cpu=_barrier, default=lambda new, later: (new, later)
+        )
 
 
 class Int8Rows(Format):
@@ -201,7 +213,7 @@ class Int8Rows(Format):
             return codes
         return (codes.astype(jnp.float32) * scale) ** self.power
 
-    def store(self, x: jax.Array, old: Stored, bits: RandomBits) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
         x = narrowed(x, jnp.float32)
         if not self._in_rows(old[0]):
             return x, old[1]
@@ -211,21 +223,24 @@ class Int8Rows(Format):
         scale = _root(_maxima(size, -1), self.power) / largest
         root = _root(size, self.power) * (1.0 / jnp.where(scale > 0, scale, 1.0))
         codes = jnp.minimum(_rounding.to_integer(root, self.power, bits), largest)
-        codes = codes.astype(self.code_dtype)
-        # A choice comes last because XLA on a CPU repeats a conversion, and all that
-        # leads to it, for each use of the codes.
         if self.moment == "v":
-            codes = jnp.where((x > 0) & (codes == 0), jnp.ones_like(codes), codes)
+            codes = jnp.where(x > 0, jnp.maximum(codes, 1.0), codes)
         else:
             codes = jnp.where(x < 0, -codes, codes)
-        return codes, scale
+        # The conversion comes last. On a TPU the codes could not be written over the
+        # old ones if a choice between codes came after it.
+        return codes.astype(self.code_dtype), scale
 
-    def after(self, stored: Stored, x: jax.Array) -> jax.Array:
-        if not self._in_rows(stored[0]):
-            return x
-        # The maximum of a row needs the whole moment in float32. If the moments of a
-        # leaf are stored one after the other, these copies use the same memory.
-        return lax.optimization_barrier((stored, x))[1]
+    def in_turn(self, new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:
+        if not self._in_rows(old[0]):
+            return new, later
+        return lax.platform_dependent(
+            new,
+            old,
+            later,
+            cpu=_one_at_a_time,
+            default=lambda new, old, later: (new, later),
+        )
 
     def _in_rows(self, codes: jax.Array) -> bool:
         """Returns whether a leaf is stored in codes, not in float32."""
@@ -244,7 +259,7 @@ class Absent(Format):
     def load(self, stored: Stored) -> jax.Array:
         return jnp.zeros(())
 
-    def store(self, x: jax.Array, old: Stored, bits: RandomBits) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
         return ()
 
 
@@ -305,6 +320,30 @@ def format_of(moment: str, field: Field) -> Format:
             "float32, float64, bfloat16 or int8"
         )
     return found
+
+
+def _barrier(new: Stored, later: Stored) -> tuple[Stored, Stored]:
+    """Returns both; what is computed from `later` is computed after `new`."""
+    ordered: tuple[Stored, Stored] = lax.optimization_barrier((new, later))
+    return ordered
+
+
+def _one_at_a_time(new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:
+    """Returns `new` and `later` of rows in int8, in an order that saves memory.
+
+    The maximum of a row needs the whole moment in float32. If the moments of a leaf are
+    stored one after the other, these copies use the same memory.
+    """
+    codes, scale = new
+    # A scale is never negative, so these choices change nothing. They are for JAX 0.10,
+    # whose CPU compiler drops the barrier. Without the first it would compute the codes
+    # anew for each use. Without the second it would compute all maxima first.
+    codes = jnp.where(scale < 0, old[0], codes)
+    later = tuple(
+        jnp.where(scale < 0, 0, x) if jax.typeof(x) == jax.typeof(scale) else x
+        for x in later
+    )
+    return _barrier((codes, scale), later)
 
 
 def computed_in(*arrays: jax.typing.ArrayLike) -> np.dtype[Any]:

@@ -173,8 +173,8 @@ def scale_by_adam3(
             g, old = jnp.asarray(_boxes.opened(item)), _boxes.opened(stored)
             _check_gradient(path, g, old)
             k = coefficients(_storage.computed_in(*jax.tree.leaves((g, old))))
-            keys = _rounding.leaf_keys(index)
-            u, new = _step_leaf(formats, form, g, old, k, count, keys)
+            key = _rounding.leaf_key(index)
+            u, new = _step_leaf(formats, form, g, old, k, count, key)
             return _boxes.refilled(item, u), _boxes.refilled(stored, new)
 
         treedef: Any  # JAX says Unknown
@@ -202,33 +202,37 @@ def _step_leaf(
     stored: Moments[Stored],
     k: Coefficients,
     count: jax.Array,
-    keys: Moments[_rounding.Key],
+    key: _rounding.Key,
 ) -> tuple[jax.Array, Moments[Stored]]:
     """Returns the update of one leaf, and its moments after the step, as stored."""
     dtype = k.c.m.dtype
-    m_t, v_t, s_t = formats.map(lambda f, x: f.load(x).astype(dtype), stored)
-    bits = keys.map(functools.partial(_rounding.random_bits, count))
+    bits = _rounding.random_bits(count, key, g.shape)
 
-    def keep(f: Format, x: jax.Array, old: Any, bits: Any) -> tuple[Any, jax.Array]:
-        """Returns a moment as stored, and as loaded from there.
+    def load(f: Format, stored: Stored) -> jax.Array:
+        return f.load(stored).astype(dtype)
 
-        Use the stored moment from here on. If the exact one were used too, XLA would
-        recompute it for each use and keep the old moment alive.
-        """
-        new = f.store(x, old, bits)
-        return new, _storage.straight_through(x, f.load(new).astype(dtype))
+    def keep(
+        f: Format, x: jax.Array, old: Stored, bits: jax.Array, later: Stored
+    ) -> tuple[Stored, jax.Array, Stored]:
+        """Returns a moment as stored, as loaded from there, and the next old one."""
+        new, later = f.in_turn(f.store(x, old, bits), old, later)
+        return new, _storage.straight_through(x, load(f, new)), later
 
+    # The new moments are computed from the old ones, before rounding. So two passes are
+    # enough for int8: one finds the largest of each row, and one writes. s comes first,
+    # because it needs the old m. The update is made from the moments as stored. If it
+    # were made from the exact ones, XLA would keep these in memory.
     g_t = g.astype(dtype)
-    m, m_t = keep(formats.m, _rule.update_m(g_t, m_t, k), stored.m, bits.m)
-    g_t = formats.m.after(m, g_t)
-    v, v_t = keep(formats.v, _rule.update_v(g_t, v_t, k), stored.v, bits.v)
-    g_t = formats.v.after(v, g_t)
-    s = stored.s
-    b_t: jax.Array | float = 0.0
+    old_m, old_v, s = stored
     if form is not None:
-        x = _rule.update_s(g_t, m_t, s_t, k, form)
-        s, s_t = keep(formats.s, x, stored.s, bits.s)
-        b_t = form.term(v_t, s_t, k)
+        exact_m = _rule.update_m(g_t, load(formats.m, old_m), k)
+        x = _rule.update_s(g_t, exact_m, load(formats.s, s), k, form)
+        s, s_t, old_v = keep(formats.s, x, s, bits.s, old_v)
+    x = _rule.update_v(g_t, load(formats.v, old_v), k)
+    v, v_t, old_m = keep(formats.v, x, old_v, bits.v, old_m)
+    x = _rule.update_m(g_t, load(formats.m, old_m), k)
+    m, m_t, _ = keep(formats.m, x, old_m, bits.m, ())
+    b_t = 0.0 if form is None else form.term(v_t, s_t, k)
     u_t = _rule.direction(m_t, v_t, b_t, k)
     return u_t.astype(g.dtype), Moments(m, v, s)
 

@@ -152,7 +152,7 @@ def test_what_devices_tell_each_other(kind: AxisType, names: Any, how: str) -> N
     update = jax.jit(optimizer.update, out_shardings=(where, where_state))
     text = update.lower(params, state, params).compile().as_text() or ""
     counts = {
-        name: len(re.findall(rf"= \S+ {name}\(", text))
+        name: len(re.findall(rf"= .+ {name}\(", text))
         for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
     }
     # JAX 0.10 combines the maxima of three moments; JAX 0.12 does not.

@@ -187,24 +187,24 @@ def test_temporary_memory(form: Any, leaves: int) -> None:
     more = 0 if reference.FORMS[form].exponent.is_integer() else 4
     assert found["default"] < 0.01
     if jax.__version_info__ < (0, 12):
-        assert found["int8"] < 8.5
-        # There the CPU's bfloat16 is rounded by conversions, which are repeated.
-        assert found["adams-memory"] < 4.1 + more
-        assert found["bfloat16"] < 6.1 + more
+        # Its CPU compiler drops the barriers, but keeps most of the order.
+        assert found["int8"] < 5.1 + more
+        assert found["adams-memory"] < 2.1
+        assert found["bfloat16"] < 2.1
     else:
         assert found["int8"] < 4.5 + more
         assert found["adams-memory"] < 0.01
         assert found["bfloat16"] < 0.01
 
 
-def test_moments_of_8_bits_are_stored_one_after_the_other() -> None:
-    # With barriers between three moments. Whether they save memory depends on the
-    # release of JAX, so that the test above may not miss them.
-    for name, barriers in (("default", 0), ("bfloat16", 0), ("int8", 2)):
+def test_narrow_moments_are_stored_one_after_the_other_on_a_cpu() -> None:
+    # With a barrier after each of three moments. Whether they save memory depends on
+    # the release of JAX, so that the test above may not miss them.
+    for name, barriers in (("default", 0), ("bfloat16", 3), ("int8", 3)):
         optimizer = scale_by_adam3(**SETTINGS[name])
         state = optimizer.init(PARAMS["w"])
-        program = str(jax.make_jaxpr(optimizer.update)(PARAMS["w"], state))
-        assert program.count("optimization_barrier") == barriers
+        program = jax.jit(optimizer.update).lower(PARAMS["w"], state).as_text()
+        assert program.count("optimization_barrier") == barriers, name
 
 
 # Long runs.
