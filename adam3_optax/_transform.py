@@ -219,19 +219,19 @@ def _step_leaf(
         return new, _storage.straight_through(x, load(f, new)), later
 
     # The new moments are computed from the old ones, before rounding. So two passes are
-    # enough for int8: one finds the largest of each row, and one writes. s comes first,
-    # because it needs the old m. The update is made from the moments as stored. If it
+    # enough for int8: one finds the largest of each row, and one writes. s comes before
+    # m, because it needs the old m. The update is made from the moments as stored. If it
     # were made from the exact ones, XLA would keep these in memory.
     g_t = g.astype(dtype)
     old_m, old_v, s = stored
     if form is not None:
         exact_m = _rule.update_m(g_t, load(formats.m, old_m), k)
         x = _rule.update_s(g_t, exact_m, load(formats.s, s), k, form)
-        s, s_t, old_v = keep(formats.s, x, s, bits.s, old_v)
-    x = _rule.update_v(g_t, load(formats.v, old_v), k)
-    v, v_t, old_m = keep(formats.v, x, old_v, bits.v, old_m)
+        s, s_t, old_m = keep(formats.s, x, s, bits.s, old_m)
     x = _rule.update_m(g_t, load(formats.m, old_m), k)
-    m, m_t, _ = keep(formats.m, x, old_m, bits.m, ())
+    m, m_t, old_v = keep(formats.m, x, old_m, bits.m, old_v)
+    x = _rule.update_v(g_t, load(formats.v, old_v), k)
+    v, v_t, _ = keep(formats.v, x, old_v, bits.v, ())
     b_t = 0.0 if form is None else form.term(v_t, s_t, k)
     u_t = _rule.direction(m_t, v_t, b_t, k)
     return u_t.astype(g.dtype), Moments(m, v, s)
