@@ -218,9 +218,9 @@ def _step_leaf(
         new, later = f.in_turn(f.store(x, old, bits), old, later)
         return new, _storage.straight_through(x, load(f, new)), later
 
-    # The new moments are computed from the old ones, before rounding. So two passes are
-    # enough for int8: one finds the largest of each row, and one writes. s comes before
-    # m, because it needs the old m. The update is made from the moments as stored. If it
+    # The new moments are computed from the old ones, before rounding. So int8 needs two
+    # passes: one finds the largest of each row, and one writes. s comes before m,
+    # because it needs the old m. The update is made from the moments as stored. If it
     # were made from the exact ones, XLA would keep these in memory.
     g_t = g.astype(dtype)
     old_m, old_v, s = stored
