@@ -325,7 +325,10 @@ def format_of(moment: str, field: Field) -> Format:
 def _barrier(new: Stored, later: Stored) -> tuple[Stored, Stored]:
     """Returns both; what is computed from `later` is computed after `new`."""
     ordered: tuple[Stored, Stored] = lax.optimization_barrier((new, later))
-    return ordered
+    # In `jax.shard_map` a barrier makes all its results vary between devices, if one
+    # operand does. Then leave it out, because `later` must keep its type.
+    types = [jax.tree.map(jax.typeof, x) for x in (ordered, (new, later))]
+    return ordered if types[0] == types[1] else (new, later)
 
 
 def _one_at_a_time(new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:

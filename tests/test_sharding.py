@@ -29,6 +29,7 @@ from tests.settings import (
     EACH_FORM,
     FORMS,
     STORAGE,
+    assert_close,
     assert_same,
     compiles,
     each_storage,
@@ -265,7 +266,12 @@ def test_shard_map_over_parameters_gives_that_of_each_shard(storage: Any) -> Non
             jax.tree.map(lambda x: jnp.asarray(part(x, 0)), PARAMS),
             jax.tree.map(lambda x: part(x, 1), BATCHES),
         )
-        assert_same(jax.tree.map(lambda x: part(x, 0), got), want)
+        mine = jax.tree.map(lambda x: part(x, 0), got)
+        if storage and jax.__version_info__ < (0, 12):
+            # Its compiler may contract the last product and sum in one of the two.
+            assert_close(mine[0], want[0], rtol=1e-6)
+            mine, want = mine[1], want[1]
+        assert_same(mine, want)
     if not storage:
         assert_same(got, on_one_device(optimizer)[0])
 
