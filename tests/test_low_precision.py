@@ -186,15 +186,18 @@ def test_temporary_memory(form: Any, leaves: int) -> None:
     # In the stabilized form the compiler keeps s, or its root, once more.
     more = 0 if reference.FORMS[form].exponent.is_integer() else 4
     assert found["default"] < 0.01
-    if jax.__version_info__ < (0, 12):
-        # Its CPU compiler drops the barriers, but keeps most of the order.
-        assert found["int8"] < 5.1 + more
-        assert found["adams-memory"] < 2.1
-        assert found["bfloat16"] < 2.1
+    # The CPU compilers before JAX 0.12 drop the barriers. That of 0.10 still keeps the
+    # order of the moments in bfloat16.
+    version = jax.__version_info__
+    if version >= (0, 12):
+        bounds = (0.01, 0.01, 4.5 + more)
+    elif version >= (0, 10):
+        bounds = (2.1, 2.1, 5.2 + more)
     else:
-        assert found["int8"] < 4.5 + more
-        assert found["adams-memory"] < 0.01
-        assert found["bfloat16"] < 0.01
+        bounds = (4.1 + more, 6.1 + more, 5.2 + more)
+    names = ("adams-memory", "bfloat16", "int8")
+    for name, bound in zip(names, bounds, strict=True):
+        assert found[name] < bound, name
 
 
 def test_narrow_moments_are_stored_one_after_the_other_on_a_cpu() -> None:
