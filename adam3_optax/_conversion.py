@@ -176,7 +176,7 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
     treedef, loaded = _load(state)
 
     def bits(f: Format, leaf: int, x: jax.Array) -> jax.Array:
-        drawn = random_bits(state.count, leaf_key(leaf), x.shape)
+        drawn = random_bits(state.count, leaf_key(leaf), x)
         return getattr(drawn, f.moment)
 
     def store(f: Format, field: Field, leaves: list[Any]) -> Field:

@@ -20,9 +20,11 @@ def leaf_key(leaf: int) -> Key:
 
 
 def random_bits(
-    count: jax.typing.ArrayLike, key: Key | jax.typing.ArrayLike, shape: Sequence[Any]
+    count: jax.typing.ArrayLike, key: Key | jax.typing.ArrayLike, like: jax.Array
 ) -> Moments[jax.Array]:
     """Returns 32 random bits for each element of each moment; the upper 24 are good.
+
+    They have the shape of `like`, and its sharding.
 
     They depend on the count, the key and the element's index alone. So the state holds
     no key, a resumed run repeats the straight one, and all shards and replicas agree.
@@ -38,9 +40,13 @@ def random_bits(
     # Start from the leaf's own number. If leaves shared a sum of the seed and the rows,
     # XLA on a GPU would merge their kernels, and take twice as long to compile.
     index = seed * own
-    for axis in range(len(shape)):
-        stride = _product(shape[axis + 1 :])
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    # On explicit meshes a sharding is part of a type. Without it each device would
+    # compute the bits of the whole leaf.
+    where = jax.typeof(like).sharding
+    for axis in range(like.ndim):
+        stride = _product(like.shape[axis + 1 :])
+        along = lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=where)
+        index += along * stride
     bits = _mix(index)
     # One draw serves three moments. Multiplied by odd numbers, its upper bits, which
     # rounding uses, have nothing to do with each other.

@@ -206,7 +206,7 @@ def _step_leaf(
 ) -> tuple[jax.Array, Moments[Stored]]:
     """Returns the update of one leaf, and its moments after the step, as stored."""
     dtype = k.c.m.dtype
-    bits = _rounding.random_bits(count, key, g.shape)
+    bits = _rounding.random_bits(count, key, g)
 
     def load(f: Format, stored: Stored) -> jax.Array:
         return f.load(stored).astype(dtype)

@@ -171,7 +171,8 @@ def test_random_bits_of_a_leaf_beyond_32_bits() -> None:
     # The index is taken modulo 2³²; the strides must not overflow on the way there.
     shape = 2**17, 2**16, 3
     key = np.arange(2, dtype=np.uint32)
-    traced = jax.eval_shape(lambda: random_bits(1, key, shape))
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    traced = jax.eval_shape(lambda x: random_bits(1, key, x), leaf)
     assert {x.shape for x in traced} == {shape}
     state = jax.eval_shape(
         scale_by_adam3(**INT8).init, jax.ShapeDtypeStruct(shape[:2], jnp.float32)
@@ -185,7 +186,8 @@ def test_random_bits_of_a_leaf_beyond_32_bits() -> None:
 def test_strides_are_taken_modulo_two_to_the_32() -> None:
     # Rows of 2³² + 1 elements would have a stride of 1.
     key = np.arange(2, dtype=np.uint32)
-    text = str(jax.make_jaxpr(lambda: random_bits(1, key, (2, 2**16, 2**16)))())
+    leaf = jax.ShapeDtypeStruct((2, 2**16, 2**16), jnp.float32)
+    text = str(jax.make_jaxpr(lambda x: random_bits(1, key, x))(leaf))
     assert "65536" in text
     assert "4294967296" not in text
 

@@ -19,7 +19,7 @@ def floats(patterns: Any) -> Any:
 
 
 def drawn(count: Any, leaf: int = 0, moment: int = 0) -> Any:
-    return lambda x: random_bits(count, leaf_key(leaf), jnp.shape(x))[moment]
+    return lambda x: random_bits(count, leaf_key(leaf), jnp.asarray(x))[moment]
 
 
 def fixed(bits: int) -> Any:

@@ -416,6 +416,24 @@ def test_state_follows_the_parameters_unasked(storage: Any, kind: Any) -> None:
                 assert types((updates, after)) == types((params, state))
 
 
+@EACH_KIND
+@each_storage("default", "bfloat16", "int8")
+@pytest.mark.parametrize("spec", [P("data"), P(None, "model"), P("data", "model")])
+def test_no_device_computes_another_ones_shard(
+    storage: Any, spec: Any, kind: AxisType
+) -> None:
+    # An operation of the size of the whole leaf would cost each device all devices'
+    # work and memory: the random bits, on Explicit axes.
+    mesh = mesh_of(kind)
+    optimizer = make(storage)
+    params = jax.device_put(PARAMS["matrix"], NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        where = state_shardings(optimizer, params, params.sharding)
+        state = jax.jit(optimizer.init, out_shardings=where)(params)
+        compiled = jax.jit(partial(descend, optimizer)).lower(params, state, params)
+    assert "[64,128]" not in compiled.compile().as_text()
+
+
 def test_explicit_shardings_need_no_mesh_context() -> None:
     # There the count, which belongs to no mesh, becomes replicated; the moments follow
     # the parameters. A state made before can be carried through a scan.

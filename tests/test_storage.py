@@ -33,7 +33,7 @@ EACH_ROUNDED = each_storage("bfloat16", "int8")
 
 
 def bits(count: Any, leaf: int = 0, moment: int = 0) -> Any:
-    return lambda x: random_bits(count, leaf_key(leaf), jnp.shape(x))[moment]
+    return lambda x: random_bits(count, leaf_key(leaf), jnp.asarray(x))[moment]
 
 
 def zeros(f: Any, x: Any) -> Any:

@@ -1,0 +1,256 @@
+"""What a training step will move on a TPU and on an H100, by their own compilers.
+
+The compilers run without a device. They say how many bytes a compiled step moves, how
+much temporary memory it needs, and on meshes what devices send to each other. Nothing
+is timed but the compilers themselves. Results are added to results.jsonl.
+
+    python benchmarks/compiled.py --devices v5e --trees one --only int8
+"""
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import compiled_devices  # first, because it says how libtpu starts
+
+# isort: split
+import common
+import compiled_text
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+import adam3_optax
+
+MESH = "v5e"  # the device whose slice of 4 x 4 is asked
+SPLITS = {
+    "rows": PartitionSpec(("x", "y"), None),
+    "columns": PartitionSpec(None, ("x", "y")),
+    "both": PartitionSpec("x", "y"),
+}
+AXES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
+
+
+def optimizers(device: str = compiled_devices.H100) -> dict[str, Callable[[], Any]]:
+    """Returns functions that make the optimizers, by name."""
+    every = common.optimizers()
+    others = ("optax.adam", "optax.contrib.ademamix")
+    adamw = functools.partial(optax.adamw, common.RATE, mu_dtype="bfloat16")
+    made = {name: every[name] for name in others} | {"optax.adamw, mu bfloat16": adamw}
+    made |= {
+        f"adam3 None, {name}": functools.partial(
+            adam3_optax.adam3,
+            common.RATE,
+            third_moment=None,
+            **{k: v for k, v in setting.items() if k != "s_dtype"},
+        )
+        for name, setting in common.SETTINGS.items()
+        if name != "bfloat16 m, s"
+    }
+    made |= {name: make for name, make in every.items() if name.startswith("adam3")}
+    try:
+        import flashoptim_jax
+    except ImportError:
+        return made
+    peer = functools.partial(
+        flashoptim_jax.flash_adam, common.RATE, master_weight_bits=None
+    )
+    made["flashoptim, int8"] = functools.partial(peer, fused=False)
+    if device == compiled_devices.H100:  # its kernel is written for GPUs
+        made["flashoptim, int8, own kernel"] = functools.partial(peer, fused=True)
+    return made
+
+
+def trees(dtype: str) -> dict[str, Callable[[], Any]]:
+    """Returns functions that make the trees of parameters' shapes, by name."""
+
+    def of(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def gpt2() -> Any:
+        width, norm = 768, {"scale": of(768), "bias": of(768)}
+        widths = [(width, 3 * width), (width, width)]
+        widths += [(width, 4 * width), (4 * width, width)]
+        layers = [{"kernel": of(i, o), "bias": of(o)} for i, o in widths]
+        blocks = [{"norms": [norm, norm], "layers": layers}] * 12
+        embeddings = {"tokens": of(50257, width), "positions": of(1024, width)}
+        return {**embeddings, "blocks": blocks, "norm": norm}
+
+    return {
+        "one": lambda: of(16384, 16384),
+        "gpt2": gpt2,
+        "small": lambda: [of(32, 32)] * 300,
+    }
+
+
+def compiled(optimizer: Any, params: Any, shardings: Any) -> tuple[Any, int]:
+    """Returns a compiled step that overwrites parameters and state.
+
+    Also the bytes that it must move: gradient, parameter and state read, the latter two
+    written.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        if hasattr(optimizer, "step"):  # flashoptim's interface
+            return optimizer.step(params, state, gradients)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def placed(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            tree,
+            shardings,
+        )
+
+    state = jax.eval_shape(optimizer.init, params)
+    floor = 3 * common.nbytes(params) + 2 * common.nbytes(state)
+    if shardings.spec:
+        where = adam3_optax.state_shardings(optimizer, params, shardings)
+    else:
+        where = jax.tree.map(lambda _: shardings, state)
+    params = placed(params, jax.tree.map(lambda _: shardings, params))
+    # Not before: `state_shardings` runs `init`, and there is no device to run it on.
+    with jax.sharding.use_abstract_mesh(shardings.mesh.abstract_mesh):
+        lowered = step.lower(params, placed(state, where), params)
+    return lowered.compile(), floor
+
+
+def measured(optimizer: Any, params: Any, shardings: Any) -> dict[str, Any]:
+    """Returns what the compiler says of a step: on each device, bytes a parameter."""
+    start = time.process_time()
+    program, floor = compiled(optimizer, params, shardings)
+    seconds = time.process_time() - start
+    moved = compiled_text.moved(program.as_text())
+    count = common.elements(params)
+    here = count / shardings.mesh.size
+    return {
+        "leaves": len(jax.tree.leaves(params)),
+        "parameters": count,
+        "hbm": moved.hbm / here,
+        "floor": floor / count,
+        "kernels": moved.kernels,
+        "temporary": program.memory_analysis().temp_size_in_bytes / here,
+        "collectives": moved.collectives,
+        "compile_cpu_seconds": seconds,
+    }
+
+
+def cells(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Returns all that is asked: its name, and a function that measures it."""
+    for device in options.devices:
+        one = mesh_of(device, "2x2", 1)
+        everywhere = NamedSharding(one, PartitionSpec())
+        chosen = common.chosen(options, optimizers(device))
+        for dtype in options.dtypes:
+            for name in options.trees:
+                params = trees(dtype)[name]()
+                # What a process does once is done before the first is timed.
+                measured(optax.adam(common.RATE), params, everywhere)
+                for arm, make in chosen.items():
+                    cell = {"device": device, "dtype": dtype, "tree": name, "arm": arm}
+                    yield cell, functools.partial(measured, make(), params, everywhere)
+        if device == MESH and options.mesh:
+            yield from mesh_cells(chosen)
+
+
+def mesh_cells(chosen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Returns the same for one matrix on a mesh."""
+    params = trees("float32")["one"]()
+    for axes, axis_type in AXES.items():
+        mesh = mesh_of(MESH, "4x4", 16, axis_type)
+        for split, spec in SPLITS.items():
+            for arm, make in chosen.items():
+                if arm.startswith("flashoptim"):  # its groups cross the shards
+                    continue
+                where = NamedSharding(mesh, spec)
+                cell = {"device": MESH, "dtype": "float32", "tree": "one", "arm": arm}
+                cell |= {"axes": axes, "split": split}
+                yield cell, functools.partial(measured, make(), params, where)
+
+
+def mesh_of(
+    device: str, shape: str, count: int, axes: AxisType = AxisType.Auto
+) -> Mesh:
+    """Returns a mesh of the first devices of a slice."""
+    devices = compiled_devices.devices(device, shape)[:count]
+    side = int(count**0.5)
+    return jax.make_mesh((side, side), ("x", "y"), (axes, axes), devices=devices)
+
+
+def parsed(argv: list[str] | None) -> tuple[common.Parser, argparse.Namespace]:
+    """Returns the arguments."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = common.Parser("compiled.py", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    folder = Path("benchmarks", "records", f"{datetime.now(UTC).date()}_compiled")
+    add("--out", type=Path, default=folder, help=f"the record; default: {folder}")
+    add("--devices", nargs="+", help="some of v4, v5e, v5p, v6e and h100")
+    add("--trees", nargs="+", choices=[*trees("float32")], default=[*trees("float32")])
+    add("--dtypes", nargs="+", choices=common.DTYPES, default=[*common.DTYPES])
+    add("--only", default="", help="optimizers whose names contain this, and Adam")
+    add("--no-mesh", dest="mesh", action="store_false", help="leave the meshes out")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Asks the compilers, and returns the exit status."""
+    parser, options = parsed(argv)
+    console = Console(highlight=False)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    present = compiled_devices.present()
+    if not present:
+        say("Nothing is counted: neither libtpu nor jax-cuda13-plugin is installed.")
+        return 0
+    known = {name for device in present for name in optimizers(device)}
+    if not any(options.only in name for name in known):
+        parser.error(f"--only {options.only!r} is in no name: {'; '.join(known)}")
+    options.devices = options.devices or [x for x in (MESH, "h100") if x in present]
+    if unknown := set(options.devices) - set(present):
+        parser.error(f"no compiler for {', '.join(unknown)}; for {', '.join(present)}")
+    failed = 0
+    try:
+        record = common.Record(options.out, common.facts())
+        base: float = 0
+        for cell, measure in cells(options):
+            name = ", ".join(cell.values())
+            try:
+                result = measure()
+            except Exception as error:  # a compiler may refuse; others go on
+                say(
+                    f"{name}: not compiled: {(str(error) or repr(error)).splitlines()[0]}"
+                )
+                record.append(
+                    {"measure": "compiled", **cell, "error": str(error)[:500]}
+                )
+                failed += 1
+                continue
+            if cell["arm"] == common.BASELINE:
+                base = result["compile_cpu_seconds"]
+            result["compile_ratio"] = result["compile_cpu_seconds"] / base
+            record.append({"measure": "compiled", **cell, **result})
+            say(
+                f"{name}: {result['hbm']:.1f} B of {result['floor']:.1f}, "
+                f"{result['kernels']} kernels, {result['temporary']:.2f} B temporary, "
+                f"compiled in {result['compile_ratio']:.1f} of Adam's time "
+                f"{result['collectives'] or ''}"
+            )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        say(f"Interrupted. What was counted is in {options.out / 'results.jsonl'}")
+        return 130
+    say(f"Record: {record.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

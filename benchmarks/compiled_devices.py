@@ -1,0 +1,94 @@
+"""Devices as their compilers describe them. No device is needed, and none is used.
+
+`libtpu` compiles for a TPU, and `jax[cuda13]` for a GPU. Each needs an environment of
+its own. Import this before JAX is used for the first time.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+from jax.experimental import topologies
+
+TPUS = ("v4", "v5e", "v5p", "v6e")
+H100 = "h100"
+
+# What XLA must know of an H100 with 80 GB to compile for it: facts of the device, and
+# the versions of its libraries. Source: openxla/xla,
+# xla/backends/gpu/target_config/specs/h100_sxm.txtpb, and CUDA 12.8.
+H100_CONFIGURATION = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  device_address_bits: 64
+}
+"""
+
+# libtpu would ask the network for its TPU, and let one process load it at a time. JAX
+# would look for the libraries that run a GPU.
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def present() -> tuple[str, ...]:
+    """Returns the devices for which this environment has a compiler."""
+    tpus = TPUS if importlib.util.find_spec("libtpu") else ()
+    has_cuda = importlib.util.find_spec("jax_cuda13_plugin")
+    return (*tpus, *((H100,) if has_cuda else ()))
+
+
+def devices(name: str, shape: str = "2x2") -> Any:
+    """Returns devices to compile for.
+
+    Args:
+        name: One of `present()`.
+        shape: Of a TPU's slice, such as "4x4".
+    """
+    if name != H100:
+        three = "x1" if name in ("v4", "v5p") else ""
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{name}:{shape}{three}"
+        ).devices
+    from jax._src import xla_bridge
+
+    # Without a GPU JAX does not know that "gpu" means "cuda" (issue 23971 of JAX).
+    canonical = xla_bridge.canonicalize_platform
+    xla_bridge.canonicalize_platform = lambda platform: (
+        "cuda" if platform == "gpu" else canonical(platform)
+    )
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=H100_CONFIGURATION, topology="1x1x1"
+    ).devices

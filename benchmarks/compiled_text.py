@@ -1,0 +1,153 @@
+"""What a compiled step will move, read from the text of XLA's optimized program.
+
+Bytes are those of arrays in the device's main memory (HBM), as they lie there: with the
+padding of a TPU's tiles. Arrays in a TPU's vector memory are not counted.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](?:{{([^}}]*)}})?")
+# name = type operation(operands), ...
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+COMPUTATION = re.compile(r"(ENTRY )?(%?[\w.-]+) .*\{$")
+
+# They move nothing: they name arrays, or wait for what another operation has moved.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+FREE |= {"partition-id", "replica-id"}
+# Their bodies run any number of times, so their bytes cannot be read from the text.
+UNKNOWN = {"while", "conditional", "sort", "async-start"}
+COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+COLLECTIVES |= {"collective-permute", "collective-broadcast", "ragged-all-to-all"}
+
+
+class Moved(NamedTuple):
+    """What one run of a program moves, on each device.
+
+    Attributes:
+        hbm: Bytes read from and written to the main memory.
+        kernels: Operations on arrays, without scalars and plain copies.
+        collectives: Bytes that come from other devices, by operation.
+    """
+
+    hbm: int
+    kernels: int
+    collectives: dict[str, int]
+
+
+class Instruction(NamedTuple):
+    """A line of a program: its name, type, operation, and the names of its operands."""
+
+    name: str
+    type: str
+    operation: str
+    operands: tuple[str, ...]
+    line: str
+
+
+def moved(text: str) -> Moved:
+    """Returns what a program moves.
+
+    Raises:
+        ValueError: It has an operation whose bytes the text does not tell.
+    """
+    programs = computations(text)
+    hbm, kernels = 0, 0
+    waiting = [programs["ENTRY"]]
+    while waiting:
+        lines = waiting.pop()
+        types = {x.name: x.type for x in lines}
+        for x in lines:
+            if x.operation == "call":
+                called = re.search(r"to_apply=(%?[\w.-]+)", x.line)
+                assert called
+                waiting.append(programs[called[1].lstrip("%")])
+            elif x.operation in UNKNOWN:
+                raise ValueError(f"{x.operation}: its bytes are not in the text")
+            elif moves(x):
+                hbm += bytes_of(x, types)
+                kernels += is_kernel(x, types)
+    collectives: dict[str, int] = {}
+    for lines in programs.values():
+        types = {x.name: x.type for x in lines}
+        for x in lines:
+            kind = x.operation.removesuffix("-start")
+            if kind in COLLECTIVES:
+                collectives[kind] = collectives.get(kind, 0) + received(x, types)
+    return Moved(hbm, kernels, collectives)
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """Returns the instructions of a program's parts, by name; the main is ENTRY."""
+    found: dict[str, list[Instruction]] = {}
+    lines: list[Instruction] = []
+    for line in text.splitlines():
+        if not line.startswith(" ") and (head := COMPUTATION.match(line)):
+            lines = found["ENTRY" if head[1] else head[2].lstrip("%")] = []
+        elif x := INSTRUCTION.match(line):
+            operands = tuple(re.findall(r"%[\w.-]+", x[4].split(")")[0]))
+            lines.append(Instruction(x[1], x[2], x[3], operands, line))
+    return found
+
+
+def moves(x: Instruction) -> bool:
+    """Returns whether an instruction moves anything, or only names it."""
+    if x.operation in FREE or x.operation.endswith("-done"):
+        return False
+    # Parts that lie side by side already.
+    return 'custom_call_target="ConcatBitcast"' not in x.line
+
+
+def is_kernel(x: Instruction, types: dict[str, str]) -> bool:
+    """Returns whether an instruction computes arrays, not scalars, and is no copy."""
+    if x.operation in ("copy-start", "slice-start", "copy"):
+        return False
+    every = [x.type, *(types[name] for name in x.operands if name in types)]
+    return any(dims for type_ in every for _, dims, _ in ARRAY.findall(type_))
+
+
+def bytes_of(x: Instruction, types: dict[str, str]) -> int:
+    """Returns the bytes that an instruction moves to and from the main memory."""
+    if x.operation in ("copy-start", "slice-start"):
+        # The type names the source, the result and a flag. A slice reads as much as it
+        # returns.
+        arrays = [array for array in ARRAY.findall(x.type) if array[1]]
+        size = min(nbytes(*array, everywhere=True) for array in arrays)
+        return sum(min(nbytes(*array), size) for array in arrays)
+    read = sum(total(types[name]) for name in set(x.operands) if name in types)
+    return read + total(x.type)
+
+
+def received(x: Instruction, types: dict[str, str]) -> int:
+    """Returns the bytes of a collective's results, wherever they lie."""
+    size = total(x.type, everywhere=True)
+    if x.operation in ("all-gather-start", "collective-permute-start"):
+        # The type of these names the operands as well.
+        size -= sum(total(types[name], everywhere=True) for name in x.operands)
+    return size
+
+
+def total(type_: str, everywhere: bool = False) -> int:
+    """Returns the bytes of the arrays in a type that lie in the main memory."""
+    return sum(nbytes(*array, everywhere) for array in ARRAY.findall(type_))
+
+
+def nbytes(dtype: str, dims: str, layout: str, everywhere: bool = False) -> int:
+    """Returns the bytes of an array, with padding; 0 if it is not in main memory."""
+    space = re.search(r"S\((\d+)\)", layout)
+    if space and not everywhere:
+        return 0
+    shape = [int(n) for n in dims.split(",") if n]
+    order = [int(i) for i in layout.split(":")[0].split(",") if i]
+    if order:
+        shape = [shape[i] for i in reversed(order)]  # the last one is contiguous
+    tile = re.search(r"T\(([\d,]+)\)", layout)
+    if tile:
+        sizes = [int(n) for n in tile[1].split(",")]
+        shape = [1] * (len(sizes) - len(shape)) + shape
+        for i, size in enumerate(reversed(sizes), 1):
+            shape[-i] = math.ceil(shape[-i] / size) * size
+    return math.prod(shape) * SIZES[dtype]
