@@ -12,16 +12,25 @@ APART := notebook benchmarks study examples checkpoints multi_process packaging 
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo bench study test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
+# What compiles for a TPU and for a GPU without one; each in an environment of its own.
+COMPILERS ?= tpu cuda13
+PEER := flashoptim-jax==0.1.0
+COMPILED ?= benchmarks/records/$(shell date -u +%F)_compiled
+export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
+
+.PHONY: help demo bench study compiled test-compiled test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
 	@echo "make bench     measure time and memory of a step against Optax's (a quarter hour)"
 	@echo "make study     compare AdaM3 with other optimizers, tuned alike (hours; goes on if stopped)"
+	@echo "make compiled  count what a step moves on a TPU and on an H100, by their compilers, without"
+	@echo "               a device (downloads 4 GB; half an hour; COMPILERS=tpu or =cuda13 for one)"
 	@echo "make test      lint, type-check and run every test"
 	@echo "make test-package run the tests of the package alone, without lint"
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
 	@echo "make test-slow run the tests that take minutes each"
+	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
 	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
 	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
 	@echo "make lint      lint and type-check alone"
@@ -43,6 +52,23 @@ bench: $(STAMPS)/.bench
 
 study: $(STAMPS)/.bench
 	@"$(BIN)/python" benchmarks/compare.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
+
+# For each compiler that can be installed, runs $(1); says so in one line for the others.
+define with_compilers
+@for compiler in $(COMPILERS); do \
+  if $(MAKE) --no-print-directory ".venv-$$compiler/.compiler" COMPILER=$$compiler \
+      VENV=.venv-$$compiler; \
+  then ".venv-$$compiler/bin/python" $(1) || exit 1; \
+  else echo "make: jax[$$compiler] cannot be installed here, so nothing is counted for it"; fi; \
+done
+endef
+
+compiled: $(STAMPS)/.bench
+	$(call with_compilers,benchmarks/compiled.py --out "$(COMPILED)" $(ARGS))
+	@"$(BIN)/python" benchmarks/compiled_table.py "$(COMPILED)"
+
+test-compiled:
+	$(call with_compilers,-m pytest -q -n 2 tests/test_compiled.py $(TESTS))
 
 test: lint
 	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 $(TESTS)
@@ -90,7 +116,7 @@ wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf "$(VENV)" .venv .venv313 .venv-oldest build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
@@ -102,6 +128,10 @@ $(STAMPS)/.python:
 
 $(STAMPS)/.examples: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@$(PIP) -e '.[examples]'
+	@touch "$@"
+
+$(STAMPS)/.compiler: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
+	@$(PIP) -e '.[test]' 'jax[$(COMPILER)]' $(PEER)
 	@touch "$@"
 
 $(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)

@@ -13,7 +13,7 @@ from adam3_optax._boxes import is_box, opened, refilled
 from adam3_optax._rounding import leaf_key, random_bits
 from adam3_optax._rule import Moments, ThirdMoment
 from adam3_optax._states import find
-from adam3_optax._storage import NAMES, DTypeSetting, Field, Format
+from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
 from adam3_optax._transform import ScaleByAdam3State, check_not_stacked
 
 
@@ -179,16 +179,17 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
         drawn = random_bits(state.count, leaf_key(leaf), x)
         return getattr(drawn, f.moment)
 
+    def store_leaf(f: Format, leaf: int, x: Any, old: Any) -> Stored:
+        x, old = opened((x, old))
+        return f.store(x, old, bits(f, leaf, x), lambda: x)
+
     def store(f: Format, field: Field, leaves: list[Any]) -> Field:
         if f.fits(field):
             return field
         olds = f.split(treedef, f.zeros(treedef.unflatten(leaves)))
-        rounded = [
-            f.store(opened(x), opened(old), bits(f, leaf, opened(x)))
-            for leaf, (x, old) in enumerate(zip(leaves, olds, strict=True))
-        ]
-        rounded = list(map(refilled, olds, rounded))
-        return f.join(treedef, rounded)
+        pairs = enumerate(zip(leaves, olds, strict=True))
+        rounded = [store_leaf(f, leaf, x, old) for leaf, (x, old) in pairs]
+        return f.join(treedef, list(map(refilled, olds, rounded)))
 
     fields = formats.map(store, state.moments, loaded)
     return ScaleByAdam3State(*fields, count=state.count)

@@ -6,7 +6,7 @@ The rule sees arrays of float32 or float64 only. To add a format, write a subcla
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -38,6 +38,7 @@ class Int8(NamedTuple):
 
 
 Stored = tuple[jax.Array, ...]  # one leaf of a field: an array for each of its trees
+Again = Callable[[], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,16 @@ class Format(abc.ABC):
         """Returns a leaf's moment, in float32 or wider."""
 
     @abc.abstractmethod
-    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
-        """Returns a moment as a stored leaf, of the same dtypes as the old one."""
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array, again: Again) -> Stored:
+        """Returns a moment as a stored leaf.
+
+        Args:
+            x: The moment, in float32 or wider.
+            old: The leaf before. The new one has its dtypes.
+            bits: 32 random bits for each element.
+            again: Computes x once more, for formats that read x in two passes. If both
+                passes used x itself, XLA might keep all of it in memory in between.
+        """
 
     def in_turn(self, new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:
         """Returns `new`, and `later`, to be read after `new` is written.
@@ -123,7 +132,7 @@ class OneArray(Format):
     def load(self, stored: Stored) -> jax.Array:
         return jnp.asarray(stored[0]).astype(computed_in(*stored))
 
-    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array, again: Again) -> Stored:
         return (narrowed(x, jnp.result_type(*old)),)
 
 
@@ -144,7 +153,7 @@ class BFloat16(OneArray):
 
     dtypes = (jnp.bfloat16,)
 
-    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array, again: Again) -> Stored:
         return (_rounding.to_bfloat16(narrowed(x, jnp.float32), bits),)
 
     def in_turn(self, new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:
@@ -213,15 +222,15 @@ class Int8Rows(Format):
             return codes
         return (codes.astype(jnp.float32) * scale) ** self.power
 
-    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array, again: Again) -> Stored:
         x = narrowed(x, jnp.float32)
         if not self._in_rows(old[0]):
             return x, old[1]
-        x = lax.stop_gradient(x)  # or the scale would carry half of a derivative
-        size = jnp.abs(x)
+        # Without stop_gradient the scale would carry half of a derivative.
+        x, x_again = lax.stop_gradient((x, narrowed(again(), jnp.float32)))
         largest = float(jnp.iinfo(self.code_dtype).max)
-        scale = _root(_maxima(size, -1), self.power) / largest
-        root = _root(size, self.power) * (1.0 / jnp.where(scale > 0, scale, 1.0))
+        scale = _root(_maxima(jnp.abs(x_again), -1), self.power) / largest
+        root = _root(jnp.abs(x), self.power) * (1.0 / jnp.where(scale > 0, scale, 1.0))
         codes = jnp.minimum(_rounding.to_integer(root, self.power, bits), largest)
         if self.moment == "v":
             codes = jnp.where(x > 0, jnp.maximum(codes, 1.0), codes)
@@ -259,7 +268,7 @@ class Absent(Format):
     def load(self, stored: Stored) -> jax.Array:
         return jnp.zeros(())
 
-    def store(self, x: jax.Array, old: Stored, bits: jax.Array) -> Stored:
+    def store(self, x: jax.Array, old: Stored, bits: jax.Array, again: Again) -> Stored:
         return ()
 
 
@@ -329,6 +338,14 @@ def _barrier(new: Stored, later: Stored) -> tuple[Stored, Stored]:
     # operand does. Then leave it out, because `later` must keep its type.
     types = [jax.tree.map(jax.typeof, x) for x in (ordered, (new, later))]
     return ordered if types[0] == types[1] else (new, later)
+
+
+def apart(x: jax.Array) -> jax.Array:
+    """Returns x. On accelerators, what is made from it is not shared with others.
+
+    A CPU writes to memory what a second pass needs. There, sharing saves time.
+    """
+    return lax.platform_dependent(x, cpu=lambda x: x, default=lax.optimization_barrier)
 
 
 def _one_at_a_time(new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:

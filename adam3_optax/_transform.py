@@ -1,6 +1,7 @@
 """`scale_by_adam3`: the rule over trees, the count, and the types of state."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -211,27 +212,37 @@ def _step_leaf(
     def load(f: Format, stored: Stored) -> jax.Array:
         return f.load(stored).astype(dtype)
 
+    def new_m(g: jax.Array, m: Stored) -> jax.Array:
+        return _rule.update_m(g, load(formats.m, m), k)
+
+    def new_v(g: jax.Array, v: Stored) -> jax.Array:
+        return _rule.update_v(g, load(formats.v, v), k)
+
+    def new_s(form: Form, g: jax.Array, s: Stored) -> jax.Array:
+        return _rule.update_s(g, new_m(g, stored.m), load(formats.s, s), k, form)
+
     def keep(
-        f: Format, x: jax.Array, old: Stored, bits: jax.Array, later: Stored
+        f: Format,
+        new: Callable[..., jax.Array],
+        old: Stored,
+        bits: jax.Array,
+        later: Stored,
     ) -> tuple[Stored, jax.Array, Stored]:
         """Returns a moment as stored, as loaded from there, and the next old one."""
-        new, later = f.in_turn(f.store(x, old, bits), old, later)
-        return new, _storage.straight_through(x, load(f, new)), later
+        x = new(g.astype(dtype), old)
+        kept = f.store(x, old, bits, lambda: new(_storage.apart(g).astype(dtype), old))
+        kept, later = f.in_turn(kept, old, later)
+        return kept, _storage.straight_through(x, load(f, kept)), later
 
     # The new moments are computed from the old ones, before rounding. So int8 needs two
     # passes: one finds the largest of each row, and one writes. s comes before m,
     # because it needs the old m. The update is made from the moments as stored. If it
     # were made from the exact ones, XLA would keep these in memory.
-    g_t = g.astype(dtype)
-    old_m, old_v, s = stored
+    m, v, s = stored
     if form is not None:
-        exact_m = _rule.update_m(g_t, load(formats.m, old_m), k)
-        x = _rule.update_s(g_t, exact_m, load(formats.s, s), k, form)
-        s, s_t, old_m = keep(formats.s, x, s, bits.s, old_m)
-    x = _rule.update_m(g_t, load(formats.m, old_m), k)
-    m, m_t, old_v = keep(formats.m, x, old_m, bits.m, old_v)
-    x = _rule.update_v(g_t, load(formats.v, old_v), k)
-    v, v_t, _ = keep(formats.v, x, old_v, bits.v, ())
+        s, s_t, m = keep(formats.s, functools.partial(new_s, form), s, bits.s, m)
+    m, m_t, v = keep(formats.m, new_m, m, bits.m, v)
+    v, v_t, _ = keep(formats.v, new_v, v, bits.v, ())
     b_t = 0.0 if form is None else form.term(v_t, s_t, k)
     u_t = _rule.direction(m_t, v_t, b_t, k)
     return u_t.astype(g.dtype), Moments(m, v, s)

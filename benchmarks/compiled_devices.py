@@ -1,7 +1,7 @@
 """Devices as their compilers describe them. No device is needed, and none is used.
 
 `libtpu` compiles for a TPU, and `jax[cuda13]` for a GPU. Each needs an environment of
-its own. Import this before JAX is used for the first time.
+its own.
 """
 
 import importlib.util
@@ -51,20 +51,21 @@ gpu_device_info {
 }
 """
 
-# libtpu would ask the network for its TPU, and let one process load it at a time. JAX
-# would look for the libraries that run a GPU.
-for name, value in {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the network what its TPU is
     "TPU_WORKER_HOSTNAMES": "localhost",
-}.items():
-    os.environ.setdefault(name, value)
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or it refuses a second process
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or JAX looks for what runs a GPU
+}
 
 
 def present() -> tuple[str, ...]:
-    """Returns the devices for which this environment has a compiler."""
+    """Returns the devices for which this environment has a compiler.
+
+    Call it before JAX is used for the first time.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     tpus = TPUS if importlib.util.find_spec("libtpu") else ()
     has_cuda = importlib.util.find_spec("jax_cuda13_plugin")
     return (*tpus, *((H100,) if has_cuda else ()))

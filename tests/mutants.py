@@ -315,15 +315,17 @@ MUTANTS = [
     Mutant("_transform", "jnp.zeros((), jnp.int32)", "jnp.zeros(())"),
     Mutant("_transform", "@functools.partial(jax.jit, static_argnums=(0, 1))", ""),
     Mutant("_transform", "f.load(stored).astype(dtype)", "f.load(stored)"),
-    Mutant("_transform", "_storage.straight_through(x, load(f, new))", "x"),
-    Mutant("_transform", "_storage.straight_through(x, load(f, new))", "load(f, new)"),
-    Mutant("_transform", "g_t = g.astype(dtype)", "g_t = g"),
+    Mutant("_transform", "_storage.straight_through(x, load(f, kept))", "x"),
+    Mutant(
+        "_transform", "_storage.straight_through(x, load(f, kept))", "load(f, kept)"
+    ),
+    Mutant("_transform", "new(g.astype(dtype), old)", "new(g, old)"),
     Mutant(
         "_transform",
-        "f.in_turn(f.store(x, old, bits), old, later)",
-        "f.store(x, old, bits), later",
+        "f.in_turn(kept, old, later)",
+        "kept, later",
     ),
-    Mutant("_transform", "old_v, bits.v", "old_v, bits.m"),
+    Mutant("_transform", "v, bits.v", "v, bits.m"),
     Mutant("_transform", "s, bits.s", "s, bits.v"),
     Mutant("_transform", "form.term(v_t, s_t, k)", "form.term(v_t, x, k)"),
     Mutant("_transform", "u_t.astype(g.dtype)", "u_t"),

@@ -1,0 +1,129 @@
+"""What the compilers of TPUs and GPUs say. `make test-compiled` installs them."""
+
+import sys
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adam3_optax import adam3, adam3w, state_shardings
+from tests.settings import all_at
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+compiled: Any = import_module("compiled")
+compiled_devices: Any = import_module("compiled_devices")
+
+PRESENT = compiled_devices.present()
+if not PRESENT:
+    pytest.skip("no compiler is here: make test-compiled", allow_module_level=True)
+NEEDS_TPU = pytest.mark.skipif(
+    compiled.MESH not in PRESENT, reason="no compiler of TPUs: make test-compiled"
+)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+EACH_DEVICE = pytest.mark.parametrize("device", PRESENT)
+ONE = compiled.trees("float32")["one"]()
+
+
+@cache
+def on_one(device: str) -> NamedSharding:
+    return NamedSharding(compiled.mesh_of(device, "2x2", 1), P())
+
+
+def counted(device: str, arm: str) -> dict[str, Any]:
+    optimizer = compiled.optimizers(device)[arm]()
+    return compiled.measured(optimizer, ONE, on_one(device))
+
+
+@EACH_DEVICE
+@pytest.mark.parametrize(
+    ("arm", "floor"),
+    [
+        ("optax.adam", 28),
+        ("adam3 None, float32", 28),
+        ("adam3 None, bfloat16", 20),
+        ("adam3 cubic, float32", 36),
+        ("adam3 cubic, bfloat16 m, s", 28),
+        ("adam3 cubic, bfloat16", 24),
+        ("adam3 standardized, bfloat16", 24),
+        ("adam3 stabilized, bfloat16", 24),
+    ],
+)
+def test_bytes_are_at_their_floor(device: str, arm: str, floor: float) -> None:
+    found = counted(device, arm)
+    assert found["hbm"] == pytest.approx(floor, abs=0.01)
+    assert found["floor"] == pytest.approx(floor, abs=0.01)
+    assert found["temporary"] < 0.01
+
+
+@EACH_DEVICE
+@pytest.mark.parametrize("form", compiled.common.FORMS)
+def test_int8_reads_twice_and_writes_once(device: str, form: str) -> None:
+    found = counted(device, f"adam3 {form}, int8")
+    assert found["hbm"] < 25.1
+    assert found["temporary"] < 0.01
+
+
+@NEEDS_TPU
+@pytest.mark.parametrize("axes", compiled.AXES)
+@pytest.mark.parametrize("split", compiled.SPLITS)
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_only_maxima_of_rows_travel(storage: str, split: str, axes: str) -> None:
+    mesh = compiled.mesh_of(compiled.MESH, "4x4", 16, compiled.AXES[axes])
+    where = NamedSharding(mesh, compiled.SPLITS[split])
+    optimizer = compiled.optimizers()[f"adam3 cubic, {storage}"]()
+    found = compiled.measured(optimizer, ONE, where)
+    assert found["hbm"] < {"float32": 36.01, "bfloat16": 24.01, "int8": 25.3}[storage]
+    assert found["temporary"] < 0.1
+    rows = where.shard_shape(ONE.shape)[0]
+    if storage == "int8" and split != "rows":
+        assert found["collectives"] == {"all-reduce": 12 * rows}
+    else:
+        assert found["collectives"] == {}
+
+
+@NEEDS_TPU
+def test_state_may_live_on_the_host() -> None:
+    device = on_one(compiled.MESH)
+    host = device.with_memory_kind("pinned_host")
+    optimizer = adam3w(1e-3, **all_at("bfloat16"))
+    params = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=device)
+    shapes = jax.eval_shape(optimizer.init, params)
+    on_host = state_shardings(optimizer, params, host)
+    on_device = state_shardings(optimizer, params, device)
+
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(device, on_host))
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        state = jax.device_put(state, on_device)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        on_host,
+    )
+    text = str(step.lower(params, state, params).compile().as_text())
+    head = next(
+        line for line in text.splitlines() if "entry_computation_layout" in line
+    )
+    arguments, results = head.split("->")
+    for side in (arguments, results):  # memory space 5 is the host's
+        assert side.count("S(5)") >= 3
+        assert side.count("bf16[1024,1024]") == 3
+    assert text.count("copy-start") >= 6
+
+
+@NEEDS_TPU
+def test_optimizers_that_are_rebuilt_compile_to_the_same_program() -> None:
+    programs = {
+        compiled.compiled(adam3(1e-3), ONE, on_one(compiled.MESH))[0].as_text()
+        for _ in range(2)
+    }
+    assert len(programs) == 1
