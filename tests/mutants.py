@@ -198,7 +198,14 @@ MUTANTS = [
     ),
     Mutant("_storage", "x = narrowed(x, jnp.float32)", "x = x.astype(jnp.float32)"),
     Mutant("_storage", "return x, old[1]", "return x, old[1] + 1"),
-    Mutant("_storage", "x = lax.stop_gradient(x)", "pass"),
+    Mutant(
+        "_storage",
+        "lax.stop_gradient((x, narrowed(again(), jnp.float32)))",
+        "(x, narrowed(again(), jnp.float32))",
+    ),
+    Mutant("_storage", "narrowed(again(), jnp.float32)", "x"),
+    Mutant("_storage", "default=lax.optimization_barrier", "default=lambda x: x"),
+    Mutant("_storage", "cpu=lambda x: x", "cpu=lax.optimization_barrier"),
     Mutant(
         "_storage",
         "jnp.iinfo(self.code_dtype).max)",
