@@ -6,6 +6,10 @@ This AdaM3 averages the cubed deviation of the gradient. It is not the AdaM³ of
 al. (arXiv 2106.11514), which averages m² and has no third moment.
 """
 
+from adam3_optax._bfloat16 import BFloat16ParametersState as BFloat16ParametersState
+from adam3_optax._bfloat16 import bfloat16_parameters as bfloat16_parameters
+from adam3_optax._bfloat16 import to_bfloat16_parameters as to_bfloat16_parameters
+from adam3_optax._bfloat16 import to_float32_parameters as to_float32_parameters
 from adam3_optax._conversion import convert_state as convert_state
 from adam3_optax._conversion import from_adam_state as from_adam_state
 from adam3_optax._conversion import to_adam_state as to_adam_state

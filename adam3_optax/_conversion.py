@@ -10,7 +10,7 @@ import optax
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _storage
 from adam3_optax._boxes import is_box, opened, refilled
-from adam3_optax._rounding import leaf_key, random_bits
+from adam3_optax._rounding import for_moments, leaf_key, random_bits
 from adam3_optax._rule import Moments, ThirdMoment
 from adam3_optax._states import find
 from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
@@ -177,7 +177,7 @@ def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAda
 
     def bits(f: Format, leaf: int, x: jax.Array) -> jax.Array:
         drawn = random_bits(state.count, leaf_key(leaf), x)
-        return getattr(drawn, f.moment)
+        return getattr(for_moments(drawn), f.moment)
 
     def store_leaf(f: Format, leaf: int, x: Any, old: Any) -> Stored:
         x, old = opened((x, old))

@@ -14,15 +14,18 @@ from adam3_optax._rule import Moments
 Key = np.ndarray  # two numbers of 32 bits
 
 
-def leaf_key(leaf: int) -> Key:
-    """Returns the key of a leaf, odd numbers: each rounds with bits of its own."""
-    return np.random.SeedSequence(leaf).generate_state(2) | np.uint32(1)
+def leaf_key(leaf: int, purpose: int = 0) -> Key:
+    """Returns the key of a leaf, odd numbers: each rounds with bits of its own.
+
+    Purposes are 0, the moments, and 1, the parameters.
+    """
+    return np.random.SeedSequence((leaf, purpose)).generate_state(2) | np.uint32(1)
 
 
 def random_bits(
     count: jax.typing.ArrayLike, key: Key | jax.typing.ArrayLike, like: jax.Array
-) -> Moments[jax.Array]:
-    """Returns 32 random bits for each element of each moment; the upper 24 are good.
+) -> jax.Array:
+    """Returns 32 random bits for each element; the upper 24 are good.
 
     They have the shape of `like`, and its sharding.
 
@@ -47,9 +50,15 @@ def random_bits(
         stride = _product(like.shape[axis + 1 :])
         along = lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=where)
         index += along * stride
-    bits = _mix(index)
-    # One draw serves three moments. Multiplied by odd numbers, its upper bits, which
-    # rounding uses, have nothing to do with each other.
+    return _mix(index)
+
+
+def for_moments(bits: jax.Array) -> Moments[jax.Array]:
+    """Returns random bits for each moment, from one draw.
+
+    If it is multiplied by odd numbers, the upper bits, which rounding uses, have
+    nothing to do with each other.
+    """
     return Moments(bits, bits * np.uint32(0x9E3779B1), bits * np.uint32(0x85EBCA77))
 
 

@@ -207,7 +207,7 @@ def _step_leaf(
 ) -> tuple[jax.Array, Moments[Stored]]:
     """Returns the update of one leaf, and its moments after the step, as stored."""
     dtype = k.c.m.dtype
-    bits = _rounding.random_bits(count, key, g)
+    bits = _rounding.for_moments(_rounding.random_bits(count, key, g))
 
     def load(f: Format, stored: Stored) -> jax.Array:
         return f.load(stored).astype(dtype)
@@ -248,7 +248,7 @@ def _step_leaf(
     return u_t.astype(g.dtype), Moments(m, v, s)
 
 
-def check_not_stacked(state: ScaleByAdam3State) -> None:
+def check_not_stacked(state: Any) -> None:
     """Raises if a state is of several optimizers."""
     if jnp.ndim(state.count):
         raise ValueError(

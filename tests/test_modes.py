@@ -173,7 +173,7 @@ def test_random_bits_of_a_leaf_beyond_32_bits() -> None:
     key = np.arange(2, dtype=np.uint32)
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     traced = jax.eval_shape(lambda x: random_bits(1, key, x), leaf)
-    assert {x.shape for x in traced} == {shape}
+    assert traced.shape == shape
     state = jax.eval_shape(
         scale_by_adam3(**INT8).init, jax.ShapeDtypeStruct(shape[:2], jnp.float32)
     )

@@ -9,7 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adam3_optax._rounding import leaf_key, random_bits, to_bfloat16, to_integer
+from adam3_optax._rounding import (
+    for_moments,
+    leaf_key,
+    random_bits,
+    to_bfloat16,
+    to_integer,
+)
 
 DRAWS = 100_000
 
@@ -19,7 +25,9 @@ def floats(patterns: Any) -> Any:
 
 
 def drawn(count: Any, leaf: int = 0, moment: int = 0) -> Any:
-    return lambda x: random_bits(count, leaf_key(leaf), jnp.asarray(x))[moment]
+    return lambda x: for_moments(random_bits(count, leaf_key(leaf), jnp.asarray(x)))[
+        moment
+    ]
 
 
 def fixed(bits: int) -> Any:

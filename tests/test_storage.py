@@ -22,7 +22,7 @@ from hypothesis.extra import numpy as hnp
 
 import adam3_optax
 from adam3_optax import _rule, _storage, scale_by_adam3
-from adam3_optax._rounding import leaf_key, random_bits
+from adam3_optax._rounding import for_moments, leaf_key, random_bits
 from adam3_optax._storage import Int8, format_for
 from tests.settings import EACH_FORM, STORAGE, each_storage
 
@@ -33,7 +33,9 @@ EACH_ROUNDED = each_storage("bfloat16", "int8")
 
 
 def bits(count: Any, leaf: int = 0, moment: int = 0) -> Any:
-    return lambda x: random_bits(count, leaf_key(leaf), jnp.asarray(x))[moment]
+    return lambda x: for_moments(random_bits(count, leaf_key(leaf), jnp.asarray(x)))[
+        moment
+    ]
 
 
 def zeros(f: Any, x: Any) -> Any:
