@@ -8,13 +8,13 @@ al. (arXiv 2106.11514), which averages m² and has no third moment.
 
 from adam3_optax._bfloat16 import BFloat16ParametersState as BFloat16ParametersState
 from adam3_optax._bfloat16 import bfloat16_parameters as bfloat16_parameters
-from adam3_optax._bfloat16 import to_bfloat16_parameters as to_bfloat16_parameters
-from adam3_optax._bfloat16 import to_float32_parameters as to_float32_parameters
 from adam3_optax._conversion import convert_state as convert_state
 from adam3_optax._conversion import from_adam_state as from_adam_state
 from adam3_optax._conversion import to_adam_state as to_adam_state
 from adam3_optax._diagnostics import third_moment_report as third_moment_report
 from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
+from adam3_optax._masters import to_bfloat16_parameters as to_bfloat16_parameters
+from adam3_optax._masters import to_float32_parameters as to_float32_parameters
 from adam3_optax._optimizers import adam3 as adam3
 from adam3_optax._optimizers import adam3w as adam3w
 from adam3_optax._report import ThirdMomentReport as ThirdMomentReport

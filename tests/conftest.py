@@ -1,7 +1,8 @@
 """What every test runs under: strict promotion, eight CPU devices, x64 on request."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import pytest
@@ -28,6 +29,18 @@ settings.register_profile(
     "mutants", settings.get_profile("adam3"), phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile("adam3")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the examples of docstrings as users do, with JAX's standard promotion."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.runtest = partial(with_standard_promotion, item.runtest)
+
+
+def with_standard_promotion(run: Callable[[], None]) -> None:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run()
 
 
 @pytest.fixture

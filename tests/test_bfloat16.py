@@ -23,7 +23,8 @@ from adam3_optax import (
     to_bfloat16_parameters,
     to_float32_parameters,
 )
-from adam3_optax._bfloat16 import _join, _split
+from adam3_optax._halves import join
+from adam3_optax._halves import split as split_halves
 from tests.settings import all_at, assert_same, mesh_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -47,7 +48,7 @@ def patterns(x: Any) -> np.ndarray:
 
 def split(masters: Any, dtype: str = "int16", count: int = 1) -> Any:
     rest = jnp.zeros(np.shape(masters), dtype)
-    return _split(jnp.asarray(masters), rest, jnp.int32(count), KEY)
+    return split_halves(jnp.asarray(masters), rest, jnp.int32(count), KEY)
 
 
 # Split and join.
@@ -79,7 +80,7 @@ def test_halves_are_those_of_integer_arithmetic() -> None:
 def assert_rejoins(every: np.ndarray) -> None:
     masters = floats(every)
     param, rest = split(masters)
-    joined = patterns(_join(param, rest))
+    joined = patterns(join(param, rest))
     size = every & 0x7FFFFFFF
     exact = size <= 0x7F7F7FFF
     np.testing.assert_array_equal(joined[exact], every[exact])
@@ -105,18 +106,18 @@ def test_all_patterns_rejoin() -> None:
 
 def test_int8_is_right_on_average_and_within_its_bound() -> None:
     masters = floats(rng.integers(0x3F000000, 0x40000000, 64, dtype=np.uint32))
-    kept = jax.vmap(lambda count: _join(*split_at(masters, count)))(jnp.arange(4000))
+    kept = jax.vmap(lambda count: join(*split_at(masters, count)))(jnp.arange(4000))
     relative = np.asarray(kept, np.float64) / masters - 1
     assert np.max(np.abs(relative)) < 2**-15
     error = np.abs(relative.mean(0))
     assert np.all(error < 5 * relative.std(0) / np.sqrt(4000) + 1e-9)
     # What has 24 bits already stays as it is.
     param, rest = split(kept[0], "int8", 77)
-    np.testing.assert_array_equal(_join(param, rest), kept[0])
+    np.testing.assert_array_equal(join(param, rest), kept[0])
 
 
 def split_at(masters: Any, count: Any) -> Any:
-    return _split(jnp.asarray(masters), jnp.zeros(64, jnp.int8), count, KEY)
+    return split_halves(jnp.asarray(masters), jnp.zeros(64, jnp.int8), count, KEY)
 
 
 def test_int8_keeps_what_is_not_finite() -> None:
