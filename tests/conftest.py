@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the examples of docstrings as users do, with JAX's standard promotion."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
-            item.runtest = partial(with_standard_promotion, item.runtest)
+            run = partial(with_standard_promotion, item.runtest)
+            setattr(item, "runtest", run)  # noqa: B010  # mypy forbids to assign it
 
 
 def with_standard_promotion(run: Callable[[], None]) -> None:
