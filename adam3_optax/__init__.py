@@ -13,6 +13,8 @@ from adam3_optax._conversion import from_adam_state as from_adam_state
 from adam3_optax._conversion import to_adam_state as to_adam_state
 from adam3_optax._diagnostics import third_moment_report as third_moment_report
 from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
+from adam3_optax._lost_updates import LostUpdatesReport as LostUpdatesReport
+from adam3_optax._lost_updates import lost_updates_report as lost_updates_report
 from adam3_optax._masters import to_bfloat16_parameters as to_bfloat16_parameters
 from adam3_optax._masters import to_float32_parameters as to_float32_parameters
 from adam3_optax._optimizers import adam3 as adam3

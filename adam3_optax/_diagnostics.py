@@ -1,7 +1,6 @@
 """Measures what the third moment does in a run, from the optimizer's state alone."""
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax import lax
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _rule
 from adam3_optax._boxes import is_box, opened
+from adam3_optax._counts import as_table, check_countable, counts_of
 from adam3_optax._report import Statistics, ThirdMomentReport
 from adam3_optax._rule import FORMS, Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._states import find
@@ -118,7 +118,7 @@ def third_moment_report(
     with jax.debug_nans(False), jax.debug_infs(False):
         rows = _statistics(leaves, tuple(formats), FORMS[third_moment])
     lam = jnp.max(jnp.stack(lams))
-    return ThirdMomentReport(rows, lam, tuple(names), third_moment)
+    return ThirdMomentReport(rows, tuple(names), lam, third_moment)
 
 
 def _steps_taken(state: ScaleByAdam3State) -> jax.Array:
@@ -156,10 +156,7 @@ def _leaves(
     columns = formats.map(lambda f, field: f.split(treedef, field), fields)
     leaves = list(zip(paths, map(Moments, *columns), strict=True))
     for name, stored in leaves:
-        if math.prod(stored.m[0].shape) >= 2**32:
-            raise ValueError(
-                f"params{name} has 2³² elements or more: too many to count"
-            )
+        check_countable(name, stored.m[0])
     return leaves
 
 
@@ -175,7 +172,7 @@ def _statistics(
         _measure(f.map(lambda f, x: f.load(x), stored), k, form)
         for f, (stored, k) in pairs
     ]
-    counts = _table([_counts(list(x[2:])) for x in measured], 3)
+    counts = as_table([counts_of(list(x[2:])) for x in measured], 3)
     counts = jnp.concatenate([counts.sum(0, keepdims=True), counts])
     elements, clipped, without_effect = counts.T
     found = _quantiles([x[:2] for x in measured], elements)
@@ -220,21 +217,6 @@ def _pattern(x: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(seen, bits & _LAST, _LAST)  # without the sign that a NaN may have
 
 
-def _counts(masks: list[jax.Array]) -> list[jax.Array]:
-    """Returns how many are true in each mask, exact before it is rounded to float32.
-
-    One pass counts all masks, which compiles and runs many times faster than one pass
-    each. Each device of a sharded leaf sends one number only.
-    """
-    counted = lax.reduce(
-        [mask.astype(jnp.uint32) for mask in masks],
-        [jnp.uint32(0)] * len(masks),
-        lambda x, y: [a + b for a, b in zip(x, y, strict=True)],
-        range(masks[0].ndim),
-    )
-    return [count.astype(jnp.float32) for count in counted]
-
-
 def _quantiles(patterns: list[tuple[jax.Array, ...]], elements: jax.Array) -> jax.Array:
     """Returns, of all leaves and of each, of both patterns, the median and the tail.
 
@@ -252,10 +234,10 @@ def _quantiles(patterns: list[tuple[jax.Array, ...]], elements: jax.Array) -> ja
             """Returns a leaf's counts at or below the bounds of all, and its own."""
             rows = (middle[0], middle[i])
             pairs = [(x, row[j]) for row in rows for j, x in enumerate(leaf)]
-            return _counts([x <= two[q] for x, two in pairs for q in range(2)])
+            return counts_of([x <= two[q] for x, two in pairs for q in range(2)])
 
         found = [below(i, leaf) for i, leaf in enumerate(patterns, start=1)]
-        counts = _table(found, 2, 2, 2)
+        counts = as_table(found, 2, 2, 2)
         overall = counts[:, 0].sum(0, keepdims=True)
         counts = jnp.concatenate([overall, counts[:, 1]])
         enough = counts >= wanted
@@ -266,8 +248,3 @@ def _quantiles(patterns: list[tuple[jax.Array, ...]], elements: jax.Array) -> ja
     bits = lax.fori_loop(0, 31, halve, bounds)[1]
     found = lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(elements[:, None, None] > 0, found, jnp.nan)
-
-
-def _table(rows: list[list[jax.Array]], *shape: int) -> jax.Array:
-    """Returns rows of counts as an array, also if there are none."""
-    return jnp.array(rows, jnp.float32).reshape(-1, *shape)

@@ -1,8 +1,10 @@
-"""What `third_moment_report` returns: statistics, and words for them."""
+"""What the reports return: statistics, and words for them."""
 
+import abc
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 
@@ -43,80 +45,117 @@ class Statistics:
         return dataclasses.replace(one, state_bytes=self.state_bytes[row])
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ThirdMomentReport:
-    """What `third_moment_report` found: a pytree, so that it leaves jit.
+class Report(abc.ABC):
+    """Statistics of all elements together and of each leaf: a pytree.
+
+    So it leaves jit, and can be made inside a training step.
 
     Attributes:
         rows: Statistics with arrays in place of scalars: of all elements together, then
             of each leaf. `overall` and `leaves` take them apart.
-        names: The path of each leaf in the parameters; where the state holds several
-            states of AdaM3, after the path of its own.
-        lam: The largest |lam| of these states at the step: 0 is Adam.
-        third_moment: The form.
+        names: The path of each leaf in the parameters.
     """
 
-    rows: Statistics
-    lam: jax.Array
+    rows: Any
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    third_moment: ThirdMoment = dataclasses.field(metadata={"static": True})
 
     @property
-    def overall(self) -> Statistics:
+    @abc.abstractmethod
+    def topic(self) -> str:
+        """What it is about: the default prefix of its scalars."""
+
+    @property
+    @abc.abstractmethod
+    def columns(self) -> Sequence[tuple[str, Callable[[Any], str]]]:
+        """The columns of its table: a title, and what it shows of the statistics."""
+
+    @abc.abstractmethod
+    def verdict(self) -> str:
+        """Returns one sentence."""
+
+    @property
+    def overall(self) -> Any:
         """The statistics of all elements together."""
         return self.rows._at(0)
 
     @property
-    def leaves(self) -> dict[str, Statistics]:
+    def leaves(self) -> dict[str, Any]:
         """The statistics of each leaf, by its name."""
         return {name: self.rows._at(i) for i, name in enumerate(self.names, start=1)}
 
-    def _on_host(self) -> "ThirdMomentReport":
-        if self.lam.ndim:
+    def on_host(self) -> Self:
+        """Returns the report with arrays of NumPy."""
+        if self.rows.elements.ndim > 1:
             raise ValueError(
-                f"the report's lam has shape {self.lam.shape}: it is of several "
-                "optimizers, as made by jax.vmap; take one with jax.tree.map"
+                f"the report's elements have shape {self.rows.elements.shape}: it is "
+                "of several optimizers, as made by jax.vmap; take one with jax.tree.map"
             )
         return jax.device_get(self)
 
     def scalars(
-        self, prefix: str = "third_moment/", *, leaves: bool = False
+        self, prefix: str | None = None, *, leaves: bool = False
     ) -> dict[str, float]:
         """Returns the statistics as a flat dict of floats, for any logger.
 
         Args:
-            prefix: Stands before each name, as in `third_moment/ratio`.
+            prefix: Stands before each name. By default the report's topic and a slash,
+                as in `third_moment/ratio`.
             leaves: Whether to add those of each leaf, as `third_moment/ratio['w']`.
 
         Returns:
-            Eight floats, and eight more for each leaf.
+            A float for each statistic, and for each statistic of each leaf.
         """
-        report = self._on_host()
+        report = self.on_host()
+        start = f"{self.topic}/" if prefix is None else prefix
         named = {"": report.overall, **(report.leaves if leaves else {})}
         return {
-            f"{prefix}{name}{leaf}": float(value)
+            f"{start}{name}{leaf}": float(value)
             for leaf, statistics in named.items()
             for name, value in dataclasses.asdict(statistics).items()
         }
 
     def table(self) -> str:
         """Returns a table as text: a line for each leaf, and one for all."""
-        report = self._on_host()
-        headings = ("leaf", "elements", "skewness", "(tail)", "|b|/|m|", "(tail)")
-        rows = [[*headings, "clipped", "no effect", "bytes"]]
+        report = self.on_host()
+        rows = [["leaf", *(title for title, _ in self.columns)]]
         for name, x in [*report.leaves.items(), ("all", report.overall)]:
-            sizes = (x.skewness, x.skewness_tail, x.ratio, x.ratio_tail)
-            shown = [f"{float(size):.1e}" for size in sizes]
-            shares = [_percent(share) for share in (x.clipped, x.without_effect)]
-            counts = f"{int(x.elements):,}", f"{x.state_bytes:,}"
-            rows.append([name, counts[0], *shown, *shares, counts[1]])
+            rows.append([name, *(show(x) for _, show in self.columns)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         adjusted = [
             [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
             for row in rows
         ]
         return "\n".join(map("  ".join, adjusted))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ThirdMomentReport(Report):
+    """What `third_moment_report` found.
+
+    Where the state holds several states of AdaM3, a leaf's name comes after the path of
+    its own.
+
+    Attributes:
+        lam: The largest |lam| of these states at the step: 0 is Adam.
+        third_moment: The form.
+    """
+
+    lam: jax.Array
+    third_moment: ThirdMoment = dataclasses.field(metadata={"static": True})
+
+    topic = "third_moment"
+    columns = (
+        ("elements", lambda x: f"{int(x.elements):,}"),
+        ("skewness", lambda x: f"{float(x.skewness):.1e}"),
+        ("(tail)", lambda x: f"{float(x.skewness_tail):.1e}"),
+        ("|b|/|m|", lambda x: f"{float(x.ratio):.1e}"),
+        ("(tail)", lambda x: f"{float(x.ratio_tail):.1e}"),
+        ("clipped", lambda x: percent(x.clipped)),
+        ("no effect", lambda x: percent(x.without_effect)),
+        ("bytes", lambda x: f"{x.state_bytes:,}"),
+    )
 
     def verdict(self) -> str:
         """Returns one sentence: whether the third moment does anything here.
@@ -126,7 +165,7 @@ class ThirdMomentReport:
         median ratio |b_t|/|m̂| above 1; half or more clipped; a median ratio below
         0.001; none of these.
         """
-        x = self._on_host().overall
+        x = self.on_host().overall
         ratio, tail = float(x.ratio), float(x.ratio_tail)
         silent, clipped = float(x.without_effect), float(x.clipped)
         found = f"median ratio {ratio:.0e}"
@@ -139,7 +178,7 @@ class ThirdMomentReport:
                 "The third moment changes nothing, for lam is 0: this step is Adam's."
             )
         if silent >= 0.5:
-            where = "" if silent == 1 else f" in {_percent(silent)} of the elements"
+            where = "" if silent == 1 else f" in {percent(silent)} of the elements"
             remedy = (
                 "a larger lam or tau, or more skewed gradients, would change that"
                 if FORMS[self.third_moment].bounded
@@ -153,7 +192,7 @@ class ThirdMomentReport:
             return f"The skewness term outweighs the momentum: {found}."
         if clipped >= 0.5:
             return (
-                f"The skewness term is clipped in {_percent(clipped)} of the elements, "
+                f"The skewness term is clipped in {percent(clipped)} of the elements, "
                 f"where only its sign counts: {found}."
             )
         if ratio < 1e-3:
@@ -161,7 +200,7 @@ class ThirdMomentReport:
         return f"The third moment shifts the momentum: {found}."
 
 
-def _percent(share: Any) -> str:
+def percent(share: Any) -> str:
     """Returns a share in per cent; 0% and 100% are said of none and of all alone."""
     x = float(share)
     if math.isnan(x):

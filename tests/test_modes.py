@@ -215,7 +215,7 @@ def test_a_stacked_report_is_named() -> None:
         report(state)
     stacked = jax.vmap(report)(state)
     for method in (stacked.scalars, stacked.verdict, stacked.table):
-        with pytest.raises(ValueError, match=r"lam has shape \(5,\).*jax.vmap"):
+        with pytest.raises(ValueError, match=r"elements have shape \(5, 3\).*jax.vmap"):
             method()
     one = jax.tree.map(lambda x: x[2], stacked)
     assert one.table() == report(jax.tree.map(lambda x: x[2], state)).table()

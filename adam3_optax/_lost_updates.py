@@ -1,0 +1,142 @@
+"""Measures how many updates are lost when they are added to the parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from adam3_optax import _boxes
+from adam3_optax._counts import as_table, check_countable, counts_of
+from adam3_optax._report import Report, percent
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LostUpdates:
+    """Of one leaf, or of all, over the elements whose update is not 0.
+
+    Scalars of shape () and type float32; NaN where all updates are 0.
+
+    Attributes:
+        lost: Share of updates that round away: the parameter stays what it is.
+        mostly_lost: Share of which less than half arrives: lost ones, and some where
+            the parameter is near a power of 2.
+        elements: How many updates are not 0.
+    """
+
+    lost: jax.Array
+    mostly_lost: jax.Array
+    elements: jax.Array
+
+    def _at(self, row: int) -> "LostUpdates":
+        return jax.tree.map(lambda x: x[..., row], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LostUpdatesReport(Report):
+    """What `lost_updates_report` found."""
+
+    topic = "updates"
+    columns = (
+        ("updates", lambda x: f"{int(x.elements):,}"),
+        ("lost", lambda x: percent(x.lost)),
+        ("half or more lost", lambda x: percent(x.mostly_lost)),
+    )
+
+    def verdict(self) -> str:
+        """Returns one sentence: whether this run loses updates.
+
+        It says the first of these that holds: all updates are 0; 1% or more are lost;
+        neither.
+        """
+        x = self.on_host().overall
+        if not float(x.elements):
+            return "All updates are 0: there is nothing to say."
+        if float(x.lost) >= 0.01:
+            return (
+                f"{percent(x.lost)} of the updates are lost when they are added to the "
+                "parameters; adam3_optax.bfloat16_parameters keeps what is rounded off."
+            )
+        return f"The updates arrive: {percent(x.lost)} of them are lost."
+
+
+def lost_updates_report(
+    params: optax.Params, updates: optax.Updates
+) -> LostUpdatesReport:
+    """Measures how many updates round away when they are added to the parameters.
+
+    A bfloat16 parameter does not change if its update is below 1/512 of it. This asks
+    the parameters before a step, and the updates that `optax.apply_updates` would add
+    to them, of any optimizer. It is pure and runs under jit.
+
+    `bfloat16_parameters` emits updates that arrive. To learn what it saves, give it the
+    updates of its inner optimizer, or the difference of `to_float32_parameters` before
+    and after a step.
+
+    Args:
+        params: The parameters before the step, of any real floating dtypes.
+        updates: A tree like them. Where it has None, nothing is counted.
+
+    Returns:
+        A `LostUpdatesReport`: shares overall and of each leaf, with `scalars()` for a
+        logger, `table()` to print, and `verdict()`, a sentence.
+
+    Raises:
+        ValueError: Updates of another structure or shape; a leaf of 2³² elements or
+            more.
+
+    Example:
+        A bfloat16 next to 1 is 1.0078; an update of 0.001 does not reach it.
+
+        >>> import jax.numpy as jnp
+        >>> from adam3_optax import lost_updates_report
+        >>> params = {"w": jnp.ones(8, jnp.bfloat16), "b": jnp.ones(8)}
+        >>> updates = {"w": jnp.full(8, 1e-3), "b": jnp.full(8, 1e-3)}
+        >>> report = lost_updates_report(params, updates)
+        >>> report.verdict()[:29]
+        '50.0% of the updates are lost'
+        >>> float(report.leaves["['w']"].lost)
+        1.0
+
+    Source:
+        `docs/low_precision.md`.
+    """
+    treedef: Any
+    leaves, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
+    us = treedef.flatten_up_to(_boxes.opened(updates))
+    names, counts = [], []
+    for (path, param), u in zip(leaves, us, strict=True):
+        if not jax.tree.leaves(u):
+            continue
+        name = jax.tree_util.keystr(path)
+        if jnp.shape(u) != jnp.shape(param):
+            raise ValueError(
+                f"updates{name} has shape {jnp.shape(u)}, and its parameter "
+                f"{jnp.shape(param)}"
+            )
+        check_countable(name, param)
+        names.append(name or "params")
+        counts.append(_counts(jnp.asarray(param), jnp.asarray(u)))
+    each = as_table(counts, 3)
+    rows = jnp.concatenate([each.sum(0, keepdims=True), each])
+    elements, lost, mostly_lost = rows.T
+    found = LostUpdates(lost / elements, mostly_lost / elements, elements)
+    return LostUpdatesReport(found, tuple(names))
+
+
+@jax.jit
+def _counts(param: jax.Array, u: jax.Array) -> list[jax.Array]:
+    """Returns how many updates are not 0, are lost, and arrive by less than half."""
+    dtype = jnp.promote_types(jnp.promote_types(param.dtype, u.dtype), jnp.float32)
+    kind = jnp.finfo(param.dtype)
+    old, u = param.astype(dtype), u.astype(dtype)
+    # Rounded as the parameter is. XLA on a GPU would drop a conversion and back.
+    new = lax.reduce_precision(old + u, kind.nexp, kind.nmant)
+    counted = u != 0
+    lost = counted & (new == old)
+    mostly_lost = counted & (jnp.abs(new - old) < jnp.abs(u) / 2)
+    return counts_of([counted, lost, mostly_lost])
