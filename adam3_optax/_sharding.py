@@ -10,7 +10,10 @@ from adam3_optax._boxes import opened
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: optax.Params, shardings: Any
+    optimizer: optax.GradientTransformation,
+    params: optax.Params,
+    shardings: Any,
+    memory_kind: str | None = None,
 ) -> Any:
     """Returns the shardings of an optimizer's state, from those of its parameters.
 
@@ -25,6 +28,9 @@ def state_shardings(
         shardings: A tree of `jax.sharding.NamedSharding` like the parameters, or a
             prefix of one, such as a single sharding for all. For ZeRO-1, give those
             that the state shall have: they need not be the parameters' own.
+        memory_kind: Where the state is kept: `"pinned_host"` for the memory of the
+            host, `"device"`, or None for what `shardings` say. What belongs to no
+            parameter (the count) stays where it is.
 
     Returns:
         A tree like the state. A leaf in the shape of its parameter (m, v, s; int8
@@ -69,6 +75,8 @@ def state_shardings(
             f"shardings must be a tree like params, or a prefix of it: {error}"
         ) from error
     jax.tree.map_with_path(_check, shapes, shardings)
+    if memory_kind is not None:
+        shardings = jax.tree.map(lambda x: x.with_memory_kind(memory_kind), shardings)
     meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
     if len(meshes) != 1:
         raise ValueError(f"shardings must be on one mesh, got {len(meshes)} of them")

@@ -535,8 +535,12 @@ def test_state_shardings_of_other_inputs() -> None:
     assert all(sharding.is_fully_replicated for sharding in everywhere)
     # In the host's memory.
     host = NamedSharding(mesh, P("data"), memory_kind="unpinned_host")
-    m = state_shardings(optimizer, PARAMS["matrix"], host)[0].m
-    assert {part.memory_kind for part in m} == {"unpinned_host"}
+    found = state_shardings(optimizer, PARAMS["matrix"], host)
+    assert {part.memory_kind for part in found[0].m} == {"unpinned_host"}
+    device = NamedSharding(mesh, P("data"))
+    params = PARAMS["matrix"]
+    asked = state_shardings(optimizer, params, device, memory_kind="unpinned_host")
+    assert asked == found
     # A None among the parameters, and plain numbers.
     plain = scale_by_adam3()
     assert state_shardings(plain, {"a": None, "b": 1.0}, whole).m["a"] is None
