@@ -50,7 +50,7 @@ def bfloat16_parameters(
     **Bit for bit.** Split and join are exact for masters up to 0x7f7f7fff, which is
     3.39e38; beyond, the parameter is inf. A step is exact where the new parameter is at
     least 2^-16 of the old one in size. Where it is smaller, the master is off by less
-    than 2^-23 of the old parameter. A parameter of -0.0 may become 0.0.
+    than 2^-22 of the old parameter. A parameter of -0.0 may become 0.0.
 
     **Place.** Last in a chain, and what wraps an optimizer inside of it, as in
     `bfloat16_parameters(optax.apply_if_finite(adamw, 5))`. Its updates are differences

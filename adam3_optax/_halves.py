@@ -12,7 +12,7 @@ from jax import lax
 
 from adam3_optax import _rounding
 
-_SIGN, _SIZE = np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
+_SIZE = np.uint32(0x7FFFFFFF)  # all but the sign
 _INFINITY, _NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 
 Remainder = jax.Array | None  # int16, int8, or none
@@ -24,9 +24,8 @@ def join(param: jax.Array, rest: Remainder) -> jax.Array:
     if rest is None:
         return _number(pattern)
     size = pattern & _SIZE
-    lower = rest.astype(jnp.int32) << (8 if rest.dtype == jnp.int8 else 0)
     # Never below 0: a remainder may be older than its parameter, which may be 0 now.
-    whole = jnp.maximum(size.astype(jnp.int32) + lower, 0).astype(jnp.uint32)
+    whole = jnp.maximum(size.astype(jnp.int32) + _lower(rest), 0).astype(jnp.uint32)
     return _number((pattern ^ size) | jnp.where(size < _INFINITY, whole, size))
 
 
@@ -36,10 +35,9 @@ def split(
     master: jax.Array, rest: Remainder, count: jax.Array, key: _rounding.Key
 ) -> tuple[jax.Array, Remainder]:
     """Returns a float32 as a parameter and a remainder, in the dtype of the old one."""
-    pattern = _kept(master, rest, count, key)
-    param = _upper(pattern)
-    upper = lax.bitcast_convert_type((param >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return upper, _lower(pattern, param, rest)
+    upper, rest = _parted(master, rest, count, key)
+    param = (upper >> 16).astype(jnp.uint16)
+    return lax.bitcast_convert_type(param, jnp.bfloat16), rest
 
 
 @jax.jit
@@ -51,13 +49,8 @@ def land(
     key: _rounding.Key,
 ) -> tuple[jax.Array, Remainder]:
     """Returns the update that leads a parameter to a new master, and the remainder."""
-    pattern = _kept(master, rest, count, key)
-    old = _number(_pattern(param))
-    u = _number(_upper(pattern)) - old
-    # What `optax.apply_updates` makes of it, to nearest even: nearly always the upper
-    # half. The remainder is that of the parameter which will be there.
-    landed = _pattern(lax.reduce_precision(old + u, 8, 7))
-    return u, _lower(pattern, landed, rest)
+    upper, rest = _parted(master, rest, count, key)
+    return _number(upper) - _number(_pattern(param)), rest
 
 
 def _pattern(x: jax.Array) -> jax.Array:
@@ -71,41 +64,31 @@ def _number(pattern: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(pattern, jnp.float32)
 
 
-def _kept(
+def _lower(rest: jax.Array) -> jax.Array:
+    """Returns what a remainder adds to the pattern of its parameter."""
+    return rest.astype(jnp.int32) << (8 if rest.dtype == jnp.int8 else 0)
+
+
+def _parted(
     master: jax.Array, rest: Remainder, count: jax.Array, key: _rounding.Key
-) -> jax.Array:
-    """Returns the pattern of a float32 in as many bits as are kept: 32, 24 or 16."""
+) -> tuple[jax.Array, Remainder]:
+    """Returns the pattern of a float32's nearest bfloat16, and the remainder."""
     pattern = _pattern(master)
-    if rest is not None and rest.dtype == jnp.int16:
-        return pattern
-    bits = _rounding.random_bits(count, key, master)
+    size = pattern & _SIZE
     if rest is None:
-        return _pattern(_rounding.to_bfloat16(master, bits))
-    # Random bits below the last that is kept carry with the right probability.
-    carried = (pattern + (bits >> 24)) >> 8 << 8
-    return jnp.where((pattern & _SIZE) < _INFINITY, carried, pattern)
-
-
-def _upper(pattern: jax.Array) -> jax.Array:
-    """Returns the pattern of the nearest bfloat16, as float32; of NaN a quiet one.
-
-    A tie goes away from 0. To the even one, a remainder could be 2^15, which int16 does
-    not hold.
-    """
-    rounded = (pattern + 0x8000) >> 16 << 16
-    return jnp.where((pattern & _SIZE) > _INFINITY, _NAN, rounded)
-
-
-def _lower(pattern: jax.Array, param: jax.Array, rest: Remainder) -> Remainder:
-    """Returns the remainder of a pattern, given that of its parameter.
-
-    If the parameter is far away, it is the largest that there is; and 0 if the
-    parameter has another sign or is not finite.
-    """
-    if rest is None:
-        return None
-    size = param & _SIZE
-    lower = (pattern & _SIZE).astype(jnp.int32) - size.astype(jnp.int32)
-    fits = (pattern ^ param < _SIGN) & (size < _INFINITY)
-    lower = jnp.where(fits, jnp.clip(lower, -(2**15), 2**15 - 1), 0)
-    return (lower >> 8 if rest.dtype == jnp.int8 else lower).astype(rest.dtype)
+        bits = _rounding.random_bits(count, key, master)
+        return _pattern(_rounding.to_bfloat16(master, bits)), None
+    if rest.dtype == jnp.int8:
+        # Random bits below the last that is kept carry with the right probability.
+        bits = _rounding.random_bits(count, key, master)
+        carried = (pattern + (bits >> 24)) >> 8 << 8
+        pattern = jnp.where(size < _INFINITY, carried, pattern)
+    pattern = jnp.where(size > _INFINITY, _NAN, pattern)
+    # The lower half, as a signed number. What is left is the upper half, rounded; a tie
+    # goes away from 0. So the parameter is made from the remainder. If both were made
+    # from the pattern, a TPU would need two kernels, and compute the whole step twice.
+    if rest.dtype == jnp.int8:
+        rest = lax.bitcast_convert_type((pattern >> 8).astype(jnp.uint8), jnp.int8)
+    else:
+        rest = lax.bitcast_convert_type(pattern.astype(jnp.uint16), jnp.int16)
+    return pattern - _lower(rest).astype(jnp.uint32), rest

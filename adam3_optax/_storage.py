@@ -340,12 +340,17 @@ def _barrier(new: Stored, later: Stored) -> tuple[Stored, Stored]:
     return ordered if types[0] == types[1] else (new, later)
 
 
-def apart(x: jax.Array) -> jax.Array:
-    """Returns x. On accelerators, what is made from it is not shared with others.
+def apart(old: Moments[Stored]) -> Moments[Stored]:
+    """Returns old moments. Off a CPU, what is made of them is not shared with others.
 
     A CPU writes to memory what a second pass needs. There, sharing saves time.
     """
-    return lax.platform_dependent(x, cpu=lambda x: x, default=lax.optimization_barrier)
+
+    def apart_from_others(old: Moments[Stored]) -> Moments[Stored]:
+        # One by one, because in `jax.shard_map` they may vary over different axes.
+        return jax.tree.map(lax.optimization_barrier, old)
+
+    return lax.platform_dependent(old, cpu=lambda x: x, default=apart_from_others)
 
 
 def _one_at_a_time(new: Stored, old: Stored, later: Stored) -> tuple[Stored, Stored]:

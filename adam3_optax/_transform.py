@@ -207,42 +207,47 @@ def _step_leaf(
 ) -> tuple[jax.Array, Moments[Stored]]:
     """Returns the update of one leaf, and its moments after the step, as stored."""
     dtype = k.c.m.dtype
+    g_t = g.astype(dtype)
     bits = _rounding.for_moments(_rounding.random_bits(count, key, g))
 
     def load(f: Format, stored: Stored) -> jax.Array:
         return f.load(stored).astype(dtype)
 
-    def new_m(g: jax.Array, m: Stored) -> jax.Array:
-        return _rule.update_m(g, load(formats.m, m), k)
+    def new_m(old: Moments[Stored]) -> jax.Array:
+        return _rule.update_m(g_t, load(formats.m, old.m), k)
 
-    def new_v(g: jax.Array, v: Stored) -> jax.Array:
-        return _rule.update_v(g, load(formats.v, v), k)
+    def new_v(old: Moments[Stored]) -> jax.Array:
+        return _rule.update_v(g_t, load(formats.v, old.v), k)
 
-    def new_s(form: Form, g: jax.Array, s: Stored) -> jax.Array:
-        return _rule.update_s(g, new_m(g, stored.m), load(formats.s, s), k, form)
+    def new_s(form: Form, old: Moments[Stored]) -> jax.Array:
+        return _rule.update_s(g_t, new_m(old), load(formats.s, old.s), k, form)
 
     def keep(
         f: Format,
-        new: Callable[..., jax.Array],
-        old: Stored,
+        new: Callable[[Moments[Stored]], jax.Array],
+        old: Moments[Stored],
         bits: jax.Array,
-        later: Stored,
-    ) -> tuple[Stored, jax.Array, Stored]:
-        """Returns a moment as stored, as loaded from there, and the next old one."""
-        x = new(g.astype(dtype), old)
-        kept = f.store(x, old, bits, lambda: new(_storage.apart(g).astype(dtype), old))
-        kept, later = f.in_turn(kept, old, later)
-        return kept, _storage.straight_through(x, load(f, kept)), later
+        then: str,
+    ) -> tuple[Stored, jax.Array, Moments[Stored]]:
+        """Returns a moment as stored, as loaded from there, and all old moments.
+
+        That of the name `then` may wait until the new one is stored.
+        """
+        x, mine = new(old), getattr(old, f.moment)
+        kept = f.store(x, mine, bits, lambda: new(_storage.apart(old)))
+        kept, later = f.in_turn(kept, mine, getattr(old, then))
+        loaded = _storage.straight_through(x, load(f, kept))
+        return kept, loaded, old._replace(**{then: later})
 
     # The new moments are computed from the old ones, before rounding. So int8 needs two
     # passes: one finds the largest of each row, and one writes. s comes before m,
     # because it needs the old m. The update is made from the moments as stored. If it
     # were made from the exact ones, XLA would keep these in memory.
-    m, v, s = stored
+    old, s = stored, stored.s
     if form is not None:
-        s, s_t, m = keep(formats.s, functools.partial(new_s, form), s, bits.s, m)
-    m, m_t, v = keep(formats.m, new_m, m, bits.m, v)
-    v, v_t, _ = keep(formats.v, new_v, v, bits.v, ())
+        s, s_t, old = keep(formats.s, functools.partial(new_s, form), old, bits.s, "m")
+    m, m_t, old = keep(formats.m, new_m, old, bits.m, "v")
+    v, v_t, _ = keep(formats.v, new_v, old, bits.v, "s")
     b_t = 0.0 if form is None else form.term(v_t, s_t, k)
     u_t = _rule.direction(m_t, v_t, b_t, k)
     return u_t.astype(g.dtype), Moments(m, v, s)

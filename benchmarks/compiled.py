@@ -67,6 +67,21 @@ def optimizers(device: str = compiled_devices.H100) -> dict[str, Callable[[], An
     return made
 
 
+def wrapped() -> dict[str, Callable[[], Any]]:
+    """Returns functions that make ours, wrapped in `bfloat16_parameters`."""
+    every = optimizers()
+    inners = [x for x in every if x.startswith(("adam3 None", "adam3 cubic"))]
+
+    def make(inner: str, remainder: Any) -> Any:
+        return adam3_optax.bfloat16_parameters(every[inner](), remainder)
+
+    return {
+        f"{remainder} remainder over {inner}": functools.partial(make, inner, remainder)
+        for inner in inners
+        for remainder in ("int16", "int8", None)
+    }
+
+
 def trees(dtype: str) -> dict[str, Callable[[], Any]]:
     """Returns functions that make the trees of parameters' shapes, by name."""
 
@@ -129,6 +144,9 @@ def measured(optimizer: Any, params: Any, shardings: Any) -> dict[str, Any]:
     program, floor = compiled(optimizer, params, shardings)
     seconds = time.process_time() - start
     moved = compiled_text.moved(program.as_text())
+    memory: Any = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     count = common.elements(params)
     here = count / shardings.mesh.size
     return {
@@ -137,7 +155,8 @@ def measured(optimizer: Any, params: Any, shardings: Any) -> dict[str, Any]:
         "hbm": moved.hbm / here,
         "floor": floor / count,
         "kernels": moved.kernels,
-        "temporary": program.memory_analysis().temp_size_in_bytes / here,
+        "temporary": memory.temp_size_in_bytes / here,
+        "peak": held / here,
         "collectives": moved.collectives,
         "compile_cpu_seconds": seconds,
     }
@@ -154,7 +173,8 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
                 params = trees(dtype)[name]()
                 # What a process does once is done before the first is timed.
                 measured(optax.adam(common.RATE), params, everywhere)
-                for arm, make in chosen.items():
+                also = wrapped() if (dtype, name) == ("bfloat16", "one") else {}
+                for arm, make in (chosen | common.chosen(options, also)).items():
                     cell = {"device": device, "dtype": dtype, "tree": name, "arm": arm}
                     yield cell, functools.partial(measured, make(), params, everywhere)
         if device == MESH and options.mesh:
@@ -210,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     if not present:
         say("Nothing is counted: neither libtpu nor jax-cuda13-plugin is installed.")
         return 0
-    known = {name for device in present for name in optimizers(device)}
+    known = {name for device in present for name in optimizers(device)} | {*wrapped()}
     if not any(options.only in name for name in known):
         parser.error(f"--only {options.only!r} is in no name: {'; '.join(known)}")
     options.devices = options.devices or [x for x in (MESH, "h100") if x in present]
