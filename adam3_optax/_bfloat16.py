@@ -59,8 +59,8 @@ def bfloat16_parameters(
 
     **Changes from outside.** Parameters may be replaced between steps: by an average, a
     checkpoint, zeros. Then the old remainder is added to the new parameter: half a unit
-    in its last place at most. Call `init` again if that is too much. The remainder of
-    inf or NaN is ignored.
+    in its last place at most. If that is too much, use `to_bfloat16_parameters`. The
+    remainder of inf or NaN is ignored.
 
     Args:
         inner: Any optimizer of Optax's kind.

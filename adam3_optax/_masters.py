@@ -18,8 +18,9 @@ def to_bfloat16_parameters(
 
     Args:
         params: The parameters; float32 leaves become bfloat16.
-        state: What `init` has returned for these parameters, of an optimizer with
-            `bfloat16_parameters` anywhere in it.
+        state: Of an optimizer with `bfloat16_parameters` anywhere in it: what `init`
+            has returned for these parameters, or a later one, into which these
+            parameters are swapped.
         mask: Which leaves shall become bfloat16: a tree of bools like the parameters,
             or a function that makes one of them, as in `optax.masked`. All by default.
 

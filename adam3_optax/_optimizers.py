@@ -54,8 +54,7 @@ def adam3(
         A `GradientTransformationExtraArgs`. Updates have the gradients' dtype, whatever
         the learning rate's is: all is computed in float32 or wider, and rounded once.
         When an update is added to a bfloat16 parameter, one below 1/512 of it is lost,
-        and one below 1/256 may be. Keep float32 parameters, and cast them in the
-        forward pass.
+        and one below 1/256 may be; `bfloat16_parameters` keeps them.
 
     Example:
         On the first step every element moves by the learning rate, nearly as with

@@ -302,6 +302,17 @@ def test_swapped_parameters_are_off_by_half_a_unit_at_most(remainder: Any) -> No
     assert_same(optax.apply_updates(average, updates), average)
 
 
+def test_a_float32_average_is_swapped_in_without_loss() -> None:
+    optimizer = bfloat16_parameters(optax.adamw(0.1))
+    masters = jnp.asarray(rng.normal(size=4096), F32)
+    params, state = to_bfloat16_parameters(masters, optimizer.init(masters))
+    params, state = trained(optimizer, params, state, lambda p, i: p, 3)
+    average = jnp.asarray(rng.normal(size=4096), F32)
+    params, after = to_bfloat16_parameters(average, state)
+    assert_same(to_float32_parameters(params, after), average)
+    assert_same(after.inner_state, state.inner_state)
+
+
 @KEEPS
 def test_parameters_that_are_not_finite_ignore_their_remainder(remainder: Any) -> None:
     masters = jnp.full(4, 1.001)
@@ -607,7 +618,21 @@ PLACES: dict[str, tuple[Any, Any]] = {
         bfloat16_parameters(optax.inject_hyperparams(adam3w)(1e-2)),
         optax.inject_hyperparams(adam3w)(1e-2),
     ),
-    "lookahead's schedule inside": (
+    "inject_hyperparams outside": (
+        optax.inject_hyperparams(
+            lambda rate: bfloat16_parameters(optax.adamw(rate)), hyperparam_dtype=F32
+        )(1e-2),
+        optax.inject_hyperparams(lambda rate: optax.adamw(rate))(1e-2),
+    ),
+    "partition outside": (
+        optax.partition({"a": bfloat16_parameters(INNER)}, {"w": "a"}),
+        INNER,
+    ),
+    "a plateau's scale inside": (
+        bfloat16_parameters(optax.chain(INNER, optax.scale(0.5))),
+        optax.chain(INNER, optax.scale(0.5)),
+    ),
+    "a schedule inside": (
         bfloat16_parameters(optax.adamw(optax.cosine_decay_schedule(1e-2, 10))),
         optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
     ),

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import adam3_optax
+from tests.settings import all_at
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -126,3 +127,37 @@ def test_tables_are_those_of_the_record(
     printed = capsys.readouterr().out.strip()
     assert printed.count("\n") == rows + 1
     assert printed in (ROOT / "docs" / page).read_text()
+
+
+def test_bytes_of_a_model_are_those_that_are_kept() -> None:
+    embeddings = [(50257, 768), (1024, 768)]
+    block = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (2304,), (3072,)]
+    shapes = [*embeddings, *12 * [*block, *6 * [(768,)]], (768,), (768,)]
+    adam3w: Any = adam3_optax.adam3w
+    wrapped = adam3_optax.bfloat16_parameters
+    control = adam3w(third_moment=None, m_dtype="int8", v_dtype="int8")
+    every: list[tuple[Any, str]] = [
+        (optax.adamw(1e-3), "float32"),
+        (adam3w(), "float32"),
+        (adam3w(**all_at("bfloat16")), "float32"),
+        (adam3w(**all_at("int8")), "float32"),
+        (wrapped(optax.adamw(1e-3)), "bfloat16"),
+        (wrapped(adam3w(**all_at("int8"))), "bfloat16"),
+        (wrapped(control), "bfloat16"),
+        (wrapped(control, "int8"), "bfloat16"),
+        (wrapped(control, None), "bfloat16"),
+    ]
+    text = (ROOT / "docs" / "low_precision.md").read_text()
+    head = "| parameters, optimizer, state | bytes kept"
+    lines = text[text.index(head) :].split("\n\n")[0].splitlines()[2:]
+    for (optimizer, dtype), line in zip(every, lines, strict=True):
+        params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        kept = jax.tree.leaves((params, jax.eval_shape(optimizer.init, params)))
+        count = sum(x.size for x in params)
+        each = sum(x.size * x.dtype.itemsize for x in kept) / count
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert float(cells[0]) == pytest.approx(each, abs=0.006), line
+        for cell, n in zip(cells[1:5], (count, 1e9, 7e9, 70e9), strict=True):
+            shown = float(cell.removesuffix(" GB").replace(",", ""))
+            assert shown == pytest.approx(each * n / 1e9, rel=0.01, abs=0.05), line
+        assert int(cells[5]) == params[0].dtype.itemsize
