@@ -136,11 +136,8 @@ def _warn(b2: float, b3: float) -> None:
 
 def _frames_inside() -> int:
     """Returns how many of the innermost frames are this package's, or Optax's."""
-    inside = 0
+    inside, names = 0, (__package__, "optax")
     frame: FrameType | None = sys._getframe(1)
-    while frame and frame.f_globals.get("__name__", "").split(".")[0] in (
-        __package__,
-        "optax",
-    ):
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in names:
         inside, frame = inside + 1, frame.f_back
     return inside

@@ -225,8 +225,7 @@ def _add_decayed_weights(
         jax.tree.map_with_path(_check_boolean, tree)
         return tree
 
-    rate_for_init = rate_at if is_schedule else 0.0
-    init = optax.add_decayed_weights(rate_for_init).init
+    init = optax.add_decayed_weights(rate_at if is_schedule else 0.0).init
     decay = optax.GradientTransformation(init, add)
     if mask is not None:
         init = optax.masked(decay, chosen).init
@@ -244,9 +243,7 @@ def _check_boolean(path: tuple[Any, ...], x: Any) -> None:
         )
 
 
-def _scale_by_rate(
-    learning_rate: hp.ScalarOrSchedule,
-) -> optax.GradientTransformation:
+def _scale_by_rate(learning_rate: hp.ScalarOrSchedule) -> optax.GradientTransformation:
     """Scales by -learning_rate, cast to the updates' dtype: they are not promoted."""
     rate_at = hp.value_at("learning_rate", learning_rate)
     if callable(learning_rate):

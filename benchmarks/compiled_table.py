@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/speed.md, from a record of compiled.py.
+"""The tables and the figure of the documentation, from a record of compiled.py.
 
 python benchmarks/compiled_table.py benchmarks/records/2026-11-25_compiled
 """
@@ -44,8 +44,9 @@ def read(folder: Path) -> Rows:
 
 
 def arms(rows: Rows) -> list[str]:
-    """Returns the optimizers in the order of the record."""
-    return list(dict.fromkeys(key[3] for key in rows if len(key) == 4))
+    """Returns the optimizers in the order of the record, without wrapped ones."""
+    names = dict.fromkeys(key[3] for key in rows if len(key) == 4)
+    return [name for name in names if " remainder over " not in name]
 
 
 def shown(row: Row | None, field: str, digits: int = 1) -> str:
@@ -59,18 +60,17 @@ def one_matrix(rows: Rows) -> str:
     head += ["least possible", "against `optax.adam`", "temporary"]
     lines = []
     for arm in arms(rows):
-        cells = [rows.get((x, "float32", "one", arm)) for x in DEVICES]
-        bases = [rows[x, "float32", "one", common.BASELINE] for x in DEVICES]
-        found = [cell for cell in cells if cell and "hbm" in cell]
-        ratios = {
-            f"{cell['hbm'] / base['hbm']:.2f}"
-            for cell, base in zip(cells, bases, strict=True)
-            if cell in found and cell
-        }
-        temporary = {shown(cell, "temporary") for cell in found}
-        line = [arm, *(shown(cell, "hbm") for cell in cells)]
-        line += [shown(found[0], "floor"), "; ".join(sorted(ratios))]
-        lines.append([*line, "; ".join(sorted(temporary))])
+        cells, ratios, temporary = [], set(), set()
+        for device in DEVICES:
+            row = rows.get((device, "float32", "one", arm))
+            base = rows.get((device, "float32", "one", common.BASELINE))
+            cells.append(shown(row, "hbm"))
+            if row and base and "hbm" in row:
+                ratios.add(f"{row['hbm'] / base['hbm']:.2f}")
+                temporary.add(shown(row, "temporary"))
+                floor = shown(row, "floor")
+        ends = "; ".join(sorted(ratios)), "; ".join(sorted(temporary))
+        lines.append([arm, *cells, floor, *ends])
     return report.table(head, lines)
 
 
@@ -98,6 +98,23 @@ def trees(rows: Rows) -> str:
                             shown(row, "compile_ratio"),
                         ]
                     )
+    return report.table(head, lines)
+
+
+def wrapped(rows: Rows) -> str:
+    """Returns the bytes of `bfloat16_parameters`, on one matrix."""
+    head = ["remainder", "over", *(f"{x}: bytes" for x in DEVICES.values())]
+    head += ["least possible", "temporary", "peak, with gradients"]
+    lines = []
+    for key, row in rows.items():
+        if key[0] != "v5e" or " remainder over " not in key[3]:
+            continue
+        remainder, inner = key[3].split(" remainder over ")
+        other = rows.get(("h100", *key[1:]))
+        temporary = {shown(x, "temporary", 2) for x in (row, other)}
+        line = [remainder, inner, shown(row, "hbm"), shown(other, "hbm")]
+        line += [shown(row, "floor"), "; ".join(sorted(temporary))]
+        lines.append([*line, shown(row, "peak", 2)])
     return report.table(head, lines)
 
 
@@ -164,7 +181,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where results.jsonl is")
     folder = parser.parse_args().folder
     rows = read(folder)
-    print("\n\n".join((one_matrix(rows), trees(rows), meshes(rows))))
+    tables = one_matrix(rows), trees(rows), meshes(rows), wrapped(rows)
+    print("\n\n".join(tables))
     draw(rows, folder / "bytes.png")
 
 
