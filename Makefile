@@ -87,6 +87,7 @@ test-oldest:
 
 test-slow: $(STAMPS)/.dev
 	@"$(BIN)/python" -m pytest -q -n 2 -m slow
+	@$(MAKE) --no-print-directory test-compiled COMPILERS=cuda13
 
 # Skipped (status 0) without a GPU; status 1 where there is one that JAX cannot use.
 test-gpu: $(STAMPS)/.dev

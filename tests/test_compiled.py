@@ -71,7 +71,7 @@ def test_int8_reads_twice_and_writes_once(device: str, form: str) -> None:
     assert found["temporary"] < 0.01
 
 
-@EACH_DEVICE
+@pytest.mark.parametrize("device", [x for x in ("v5e", "h100") if x in PRESENT])
 @pytest.mark.parametrize("arm", compiled.wrapped())
 def test_bfloat16_parameters_are_written_in_the_same_pass(
     device: str, arm: str
