@@ -1,6 +1,7 @@
 """Measures what the third moment does in a run, from the optimizer's state alone."""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from adam3_optax import _hyperparameters as hp
 from adam3_optax import _rule
 from adam3_optax._boxes import is_box, opened
 from adam3_optax._counts import as_table, check_countable, counts_of
+from adam3_optax._optimizers import adam3w
 from adam3_optax._report import Statistics, ThirdMomentReport
 from adam3_optax._rule import FORMS, Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._states import find
@@ -32,6 +34,7 @@ def third_moment_report(
     lam: hp.ScalarOrSchedule | None = None,
     tau: hp.ScalarOrSchedule | None = None,
     third_moment: ThirdMoment,
+    **others: Any,
 ) -> ThirdMomentReport:
     """Measures what the third moment does, from the state after a step.
 
@@ -58,6 +61,8 @@ def third_moment_report(
             state.
         tau: Its threshold, likewise.
         third_moment: The form, as given to the optimizer; not None.
+        **others: Other arguments of `adam3w`. They have no effect, so that the dict
+            which made the optimizer can be passed here, too.
 
     Returns:
         A `ThirdMomentReport`: statistics overall and of each leaf, with `scalars()`
@@ -70,7 +75,8 @@ def third_moment_report(
         ValueError: No AdaM3 state in `state`, a stacked one, or one without a third
             moment; a hyperparameter missing or out of range; a leaf of 2³² elements or
             more; a moment of another type.
-        TypeError: A hyperparameter that is no number.
+        TypeError: A hyperparameter that is no number; an argument that `adam3w` does
+            not have.
 
     Example:
         Gradients of the size of a language model's: the cubic form is Adam.
@@ -93,6 +99,9 @@ def third_moment_report(
     Source:
         `docs/algorithm.md`, sections 1, 2 and 4.
     """
+    unknown = others.keys() - inspect.signature(adam3w).parameters
+    if unknown:
+        raise TypeError(f"adam3w has no argument {', '.join(sorted(unknown))}")
     if hp.form(third_moment) is None:
         raise ValueError("third_moment=None has no third moment to report on")
     chosen = {"b1": b1, "b2": b2, "b3": b3, "lam": lam, "tau": tau}

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from adam3_optax import ThirdMomentReport, adam3, third_moment_report
+from adam3_optax import ThirdMomentReport, adam3, adam3w, third_moment_report
 from adam3_optax._storage import Int8
 from adam3_optax._transform import ScaleByAdam3State
 from tests import reference
@@ -240,6 +240,19 @@ def test_wrong_input_is_named() -> None:
     huge = jax.eval_shape(adam3(1e-3).init, shape)
     with pytest.raises(ValueError, match="2³² elements or more"):
         jax.eval_shape(lambda state: third_moment_report(state, **CUBIC), huge)
+
+
+def test_the_dict_that_made_the_optimizer_is_taken() -> None:
+    rule: Any = {"b1": 0.9, "b2": 0.99, "b3": 0.9, "lam": 0.1, "tau": 1.0}
+    rule["third_moment"] = "cubic"
+    rest: Any = {"learning_rate": 1e-2, "weight_decay": 0.1, "m_dtype": "bfloat16"}
+    optimizer = adam3w(**rule, **rest, eps=1e-6)
+    params = jnp.ones(8)
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    got = third_moment_report(state, **rule, **rest, eps=1e-6).scalars()
+    assert got == third_moment_report(state, **rule).scalars()
+    with pytest.raises(TypeError, match="adam3w has no argument lamda, tauu"):
+        third_moment_report(state, **rule, tauu=1.0, lamda=0.1)
 
 
 @EACH_FORM
