@@ -19,9 +19,9 @@ from adam3_optax._masters import to_bfloat16_parameters as to_bfloat16_parameter
 from adam3_optax._masters import to_float32_parameters as to_float32_parameters
 from adam3_optax._optimizers import adam3 as adam3
 from adam3_optax._optimizers import adam3w as adam3w
-from adam3_optax._report import ThirdMomentReport as ThirdMomentReport
 from adam3_optax._rule import ThirdMoment as ThirdMoment
 from adam3_optax._sharding import state_shardings as state_shardings
+from adam3_optax._third_moment import ThirdMomentReport as ThirdMomentReport
 from adam3_optax._transform import ScaleByAdam3State as ScaleByAdam3State
 from adam3_optax._transform import scale_by_adam3 as scale_by_adam3
 

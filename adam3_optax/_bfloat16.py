@@ -1,4 +1,4 @@
-"""Parameters in bfloat16 that lose no update: what is rounded off is kept as state."""
+"""Parameters in bfloat16, with what their rounding leaves kept as state."""
 
 import functools
 from typing import Any, Literal, NamedTuple
@@ -34,12 +34,13 @@ def bfloat16_parameters(
     """Trains parameters in bfloat16 as if they were float32, with any optimizer.
 
     A bfloat16 has 8 significant bits. Added to it, an update below 1/512 of the
-    parameter is lost, and most updates are that small. This keeps what is lost:
+    parameter is lost, and most updates are that small. Here none is lost, or none on
+    average:
 
     - `"int16"`: 2 bytes a parameter. Parameter and remainder are together a float32,
       the master weight.
-    - `"int8"`: 1 byte. The same with 24 bits, rounded stochastically: right on average,
-      and within 2^-15.
+    - `"int8"`: 1 byte. The master has the upper 24 of 32 bits, 16 of them significant,
+      and is rounded stochastically: right on average, and within 2^-15.
     - None: nothing is kept. The parameter itself is rounded stochastically: right on
       average, and within 2^-7.
 
@@ -47,12 +48,13 @@ def bfloat16_parameters(
     ratios and norms are what they are in float32 training. Leaves that are not bfloat16
     pass through: float32 norms beside bfloat16 matrices are a usual mix.
 
-    **Bit for bit.** Split and join are exact for masters up to 0x7f7f7fff, which is
-    3.39e38; beyond, the parameter is inf. A step is exact where the new parameter is at
-    least 2^-16 of the old one in size. Where it is smaller, the master is off by less
-    than 2^-22 of the old parameter. A parameter of -0.0 may become 0.0.
+    **Bit for bit**, with int16. Split and join are exact for masters up to 0x7f7f7fff,
+    which is 3.39e38; beyond, the parameter is inf. A step between sizes of 1e-30 and
+    3.39e38 is exact where the new parameter is at least 2^-16 of the old one. Where it
+    is smaller, the master is off by less than 2^-22 of the old parameter. A parameter
+    of -0.0 may become 0.0.
 
-    **Place.** Last in a chain, and what wraps an optimizer inside of it, as in
+    **Place.** Put it last in a chain. Put wrappers inside it, as in
     `bfloat16_parameters(optax.apply_if_finite(adamw, 5))`. Its updates are differences
     of bfloat16 numbers, in float32. Nothing may change them afterwards, and
     `optax.apply_updates` must add them.
@@ -73,7 +75,8 @@ def bfloat16_parameters(
 
     Raises:
         ValueError: Another `remainder`; at init, float16 parameters; at update, no
-            parameters, or one whose dtype or shape does not fit the state.
+            parameters, or one whose dtype or shape does not fit its remainder (without
+            remainders, and for leaves of one element, nothing can tell the dtype).
 
     Example:
         A thousand updates of 1e-5, each of which bfloat16 alone would lose.
@@ -169,11 +172,13 @@ def check_fits(path: tuple[Any, ...], param: jax.Array, rest: Any) -> None:
     """Raises if a parameter is not what it was when its remainder was made."""
     expected = jnp.shape(param) if is_narrow(param) else (1,) * jnp.ndim(param)
     if jax.tree.leaves(rest) and rest.shape != expected:
+        remedy = ""
+        if not is_narrow(param) and rest.shape == jnp.shape(param):
+            remedy = ". Was it bfloat16? optax.apply_updates keeps the dtype"
         raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is {param.dtype} of shape "
-            f"{param.shape}, and its remainder in the state has shape {rest.shape}: "
-            "the state was made for other shapes or dtypes. Add updates with "
-            "optax.apply_updates, which keeps the parameters' dtypes."
+            f"params{jax.tree_util.keystr(path)} is {jnp.result_type(param)} of shape "
+            f"{jnp.shape(param)}, and its remainder in the state has shape "
+            f"{rest.shape}, which fits another shape or dtype{remedy}"
         )
 
 

@@ -15,10 +15,10 @@ from adam3_optax import _rule
 from adam3_optax._boxes import is_box, opened
 from adam3_optax._counts import as_table, check_countable, counts_of
 from adam3_optax._optimizers import adam3w
-from adam3_optax._report import Statistics, ThirdMomentReport
 from adam3_optax._rule import FORMS, Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._states import find
 from adam3_optax._storage import NAMES, Absent, Format, Stored, computed_in, format_of
+from adam3_optax._third_moment import Statistics, ThirdMomentReport
 from adam3_optax._transform import ScaleByAdam3State, check_not_stacked
 
 _MEDIAN, _TAIL = 0.5, 0.999

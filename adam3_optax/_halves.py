@@ -1,8 +1,8 @@
 """A float32 in two halves: a bfloat16, and the remainder that its rounding leaves.
 
-All of it is done on integers, because XLA on a GPU drops a conversion to bfloat16 and
-back. In a pattern of 32 bits the first is the sign. Without it, patterns are in the
-order of sizes.
+Splitting and joining are done on integers, because XLA on a GPU drops a conversion to
+bfloat16 and back. In a pattern of 32 bits the first is the sign. The other 31 grow with
+the absolute value.
 """
 
 import jax
@@ -11,9 +11,10 @@ import numpy as np
 from jax import lax
 
 from adam3_optax import _rounding
+from adam3_optax._rounding import INFINITY
 
 _SIZE = np.uint32(0x7FFFFFFF)  # all but the sign
-_INFINITY, _NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
+_NAN = np.uint32(0x7FC00000)
 
 Remainder = jax.Array | None  # int16, int8, or none
 
@@ -26,10 +27,10 @@ def join(param: jax.Array, rest: Remainder) -> jax.Array:
     size = pattern & _SIZE
     # Never below 0: a remainder may be older than its parameter, which may be 0 now.
     whole = jnp.maximum(size.astype(jnp.int32) + _lower(rest), 0).astype(jnp.uint32)
-    return _number((pattern ^ size) | jnp.where(size < _INFINITY, whole, size))
+    return _number((pattern ^ size) | jnp.where(size < INFINITY, whole, size))
 
 
-# Jitted, as is `land`, so that an update that is not costs one call a leaf.
+# Jitted, as is `land`, so that an eager update costs one call a leaf.
 @jax.jit
 def split(
     master: jax.Array, rest: Remainder, count: jax.Array, key: _rounding.Key
@@ -50,7 +51,9 @@ def land(
 ) -> tuple[jax.Array, Remainder]:
     """Returns the update that leads a parameter to a new master, and the remainder."""
     upper, rest = _parted(master, rest, count, key)
-    return _number(upper) - _number(_pattern(param)), rest
+    old = _pattern(param)
+    # 0 where nothing changes, because inf - inf is NaN.
+    return jnp.where(upper == old, 0.0, _number(upper) - _number(old)), rest
 
 
 def _pattern(x: jax.Array) -> jax.Array:
@@ -82,8 +85,8 @@ def _parted(
         # Random bits below the last that is kept carry with the right probability.
         bits = _rounding.random_bits(count, key, master)
         carried = (pattern + (bits >> 24)) >> 8 << 8
-        pattern = jnp.where(size < _INFINITY, carried, pattern)
-    pattern = jnp.where(size > _INFINITY, _NAN, pattern)
+        pattern = jnp.where(size < INFINITY, carried, pattern)
+    pattern = jnp.where(size > INFINITY, _NAN, pattern)
     # The lower half, as a signed number. What is left is the upper half, rounded; a tie
     # goes away from 0. So the parameter is made from the remainder. If both were made
     # from the pattern, a TPU would need two kernels, and compute the whole step twice.

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import MaskedNode
 
 from adam3_optax import _boxes, _halves, _rounding
 from adam3_optax._bfloat16 import BFloat16ParametersState, check_fits, is_narrow
@@ -14,21 +15,27 @@ from adam3_optax._states import find
 def to_bfloat16_parameters(
     params: optax.Params, state: optax.OptState, mask: Any = None
 ) -> tuple[optax.Params, Any]:
-    """Turns float32 parameters into bfloat16 ones, and loses nothing.
+    """Turns float32 parameters into bfloat16 ones, and keeps what rounding leaves.
+
+    With int16 nothing is lost. int8 rounds to 24 bits. Without remainders the
+    parameters are rounded stochastically.
 
     Args:
         params: The parameters; float32 leaves become bfloat16.
         state: Of an optimizer with `bfloat16_parameters` anywhere in it: what `init`
             has returned for these parameters, or a later one, into which these
             parameters are swapped.
-        mask: Which leaves shall become bfloat16: a tree of bools like the parameters,
-            or a function that makes one of them, as in `optax.masked`. All by default.
+        mask: Which leaves shall become bfloat16: a tree of bools like the parameters or
+            a prefix of it, or a function that returns such a tree. All by default. It
+            must be given where other optimizers have some of the leaves and no
+            remainders are kept, because then the state does not say which.
 
     Returns:
         The parameters, and the state, which now holds their remainders.
 
     Raises:
-        ValueError: No state of `bfloat16_parameters`, or one of other parameters.
+        ValueError: No state of `bfloat16_parameters`; one of parameters of other
+            shapes; a mask that does not fit, or is missing.
 
     Example:
         Matrices become bfloat16, and norms and biases stay float32.
@@ -51,9 +58,9 @@ def to_bfloat16_parameters(
     """
     find(state, BFloat16ParametersState)
     treedef: Any
-    boxes, treedef = jax.tree.flatten(params, is_leaf=_boxes.is_box)
-    chosen = mask(params) if callable(mask) else mask
-    chosen = [True] * len(boxes) if mask is None else treedef.flatten_up_to(chosen)
+    paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
+    boxes = [box for _, box in paths]
+    chosen = _chosen(mask(params) if callable(mask) else mask, params)
     narrowed = list(boxes)
 
     def is_state(x: Any) -> bool:
@@ -62,15 +69,19 @@ def to_bfloat16_parameters(
     def convert(one: Any) -> Any:
         if not is_state(one):
             return one
-        rests = _rests(treedef, one.remainder)
-        for i, box in enumerate(boxes):
+        rests = _rests(treedef, one, mask is None)
+        for i, (path, box) in enumerate(paths):
             master, rest = _boxes.opened((box, rests[i]))
-            is_wide = jnp.result_type(master) == jnp.float32
-            if chosen[i] and is_wide and not isinstance(rest, optax.MaskedNode):
+            if jnp.result_type(master) != jnp.float32 or isinstance(rest, MaskedNode):
+                continue
+            _check_shape(path, master, rest)
+            if chosen[i]:
                 key = _rounding.leaf_key(i, purpose=1)
                 param, rest = _halves.split(master, rest, one.count, key)
                 narrowed[i] = _boxes.refilled(box, param)
                 rests[i] = _boxes.refilled(box, rest)
+            elif rest is not None:  # it may be left from a bfloat16 parameter
+                rests[i] = jnp.zeros((1,) * master.ndim, rest.dtype)
         if isinstance(one.remainder, optax.EmptyState):
             return one
         return one._replace(remainder=treedef.unflatten(rests))
@@ -92,27 +103,71 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> Any:
         remainders (None) they have the same values in float32.
 
     Raises:
-        ValueError: No state of `bfloat16_parameters`, or one of other parameters.
+        ValueError: No state of `bfloat16_parameters`, or one of parameters of other
+            shapes.
 
     Example:
-        As in `bfloat16_parameters` and `to_bfloat16_parameters`.
+        >>> import jax.numpy as jnp, optax
+        >>> from adam3_optax import bfloat16_parameters, to_float32_parameters
+        >>> params = jnp.ones(2, jnp.bfloat16)
+        >>> state = bfloat16_parameters(optax.adamw(1e-3)).init(params)
+        >>> to_float32_parameters(params, state).dtype.name
+        'float32'
 
     Source:
         `docs/low_precision.md`.
     """
     treedef: Any
-    boxes, treedef = jax.tree.flatten(params, is_leaf=_boxes.is_box)
+    paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
+    boxes = [box for _, box in paths]
     for _, one, _ in find(state, BFloat16ParametersState):
-        for i, rest in enumerate(_rests(treedef, one.remainder)):
+        for i, rest in enumerate(_rests(treedef, one, False)):
             param, rest = _boxes.opened((boxes[i], rest))
-            if is_narrow(param) and not isinstance(rest, optax.MaskedNode):
-                check_fits((jax.tree_util.SequenceKey(i),), param, rest)
+            if is_narrow(param) and not isinstance(rest, MaskedNode):
+                check_fits(paths[i][0], param, rest)
                 boxes[i] = _boxes.refilled(boxes[i], _halves.join(param, rest))
     return treedef.unflatten(boxes)
 
 
-def _rests(treedef: Any, remainder: Any) -> list[Any]:
+def _rests(treedef: Any, state: BFloat16ParametersState, is_for_all: bool) -> list[Any]:
     """Returns the remainder of each parameter; None where none are kept."""
-    if isinstance(remainder, optax.EmptyState):
-        return [None] * treedef.num_leaves
-    return treedef.flatten_up_to(remainder)
+    if not isinstance(state.remainder, optax.EmptyState):
+        return treedef.flatten_up_to(state.remainder)
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, MaskedNode)
+
+    inner = jax.tree.leaves(state.inner_state, is_leaf=is_masked)
+    if is_for_all and any(map(is_masked, inner)):
+        raise ValueError(
+            "mask must be given: without remainders the state does not say which of "
+            "the parameters are bfloat16_parameters'"
+        )
+    return [None] * treedef.num_leaves
+
+
+def _chosen(mask: Any, params: optax.Params) -> list[bool]:
+    """Returns for each parameter whether it shall become bfloat16."""
+    mask = True if mask is None else mask
+    try:
+        every = jax.tree.map(
+            lambda choice, part: jax.tree.map(
+                lambda _: bool(choice), part, is_leaf=_boxes.is_box
+            ),
+            mask,
+            params,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"mask must be a tree like params, or a prefix: {error}"
+        ) from error
+    return jax.tree.leaves(every)
+
+
+def _check_shape(path: tuple[Any, ...], master: jax.Array, rest: Any) -> None:
+    """Raises if a remainder is of a parameter of another shape."""
+    if rest is not None and rest.shape not in (master.shape, (1,) * master.ndim):
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} has shape {master.shape}, and its "
+            f"remainder in the state {rest.shape}: the state was made for another one"
+        )

@@ -90,11 +90,11 @@ def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     # A NaN may be a NaN by its lower half alone, which is cut off. So NaN is chosen
     # explicitly. The choice comes last because XLA on a CPU repeats a conversion, and
     # all that leads to it, for each use of its result.
-    return jnp.where(size > _INFINITY, _NAN, rounded)
+    return jnp.where(size > INFINITY, _NAN, rounded)
 
 
 _LARGEST = np.uint32(0x7F7F0000)  # of bfloat16: nothing is carried past it
-_INFINITY = np.uint32(0x7F800000)
+INFINITY = np.uint32(0x7F800000)
 _NAN = np.array(np.nan, jnp.bfloat16)  # of NumPy, which `jax_debug_nans` lets pass
 
 

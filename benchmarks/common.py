@@ -195,7 +195,8 @@ SAME = ("device", "cpu", "cores", "python", "jax", "jaxlib", "optax")
 def facts() -> dict[str, Any]:
     """Returns what the numbers depend on, besides the code that is measured."""
     device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "libtpu", "optax", "flax", "numpy", "torch")
+    packages = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "optax", "flax")
+    packages += ("numpy", "torch", "flashoptim-jax")
     versions: dict[str, str | None] = dict.fromkeys(packages)
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

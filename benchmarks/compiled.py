@@ -1,8 +1,9 @@
 """What a training step will move on a TPU and on an H100, by their own compilers.
 
-The compilers run without a device. They say how many bytes a compiled step moves, how
-much temporary memory it needs, and on meshes what devices send to each other. Nothing
-is timed but the compilers themselves. Results are added to results.jsonl.
+The compilers run without a device. In the program that they make it is counted how many
+bytes a step moves, and on meshes what devices send to each other; they say themselves
+how much temporary memory it needs. Nothing is timed but the compilers. Results are
+added to results.jsonl.
 
     python benchmarks/compiled.py --devices v5e --trees one --only int8
 """
@@ -238,9 +239,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no compiler for {', '.join(unknown)}; for {', '.join(present)}")
     try:
         record = common.Record(options.out, common.facts())
-        base: float = 0
+        base: float | None = None
         for cell, measure in cells(options):
             name = ", ".join(cell.values())
+            base = None if cell["arm"] == common.BASELINE else base
             try:
                 result = measure()
             except Exception as error:  # a compiler may refuse; others go on
@@ -250,12 +252,14 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             if cell["arm"] == common.BASELINE:
                 base = result["compile_cpu_seconds"]
-            result["compile_ratio"] = result["compile_cpu_seconds"] / base
-            record.append({"measure": "compiled", **cell, **result})
+            ratio = result["compile_cpu_seconds"] / base if base else None
+            record.append(
+                {"measure": "compiled", **cell, **result, "compile_ratio": ratio}
+            )
             say(
                 f"{name}: {result['hbm']:.1f} B of {result['floor']:.1f}, "
                 f"{result['kernels']} kernels, {result['temporary']:.2f} B temporary, "
-                f"compiled in {result['compile_ratio']:.1f} of Adam's time "
+                f"compiled in {ratio or float('nan'):.1f} of Adam's time "
                 f"{result['collectives'] or ''}"
             )
     except (OSError, ValueError) as error:

@@ -4,8 +4,10 @@
 its own.
 """
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from jax.experimental import topologies
@@ -83,13 +85,22 @@ def devices(name: str, shape: str = "2x2") -> Any:
         return topologies.get_topology_desc(
             platform="tpu", topology_name=f"{name}:{shape}{three}"
         ).devices
+    with _cuda_without_a_gpu():
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=H100_CONFIGURATION, topology="1x1x1"
+        ).devices
+
+
+@contextlib.contextmanager
+def _cuda_without_a_gpu() -> Iterator[None]:
+    """Tells JAX that "gpu" means "cuda". Without a GPU it does not know (issue 23971)."""
     from jax._src import xla_bridge
 
-    # Without a GPU JAX does not know that "gpu" means "cuda" (issue 23971 of JAX).
-    canonical = xla_bridge.canonicalize_platform
+    known = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda platform: (
-        "cuda" if platform == "gpu" else canonical(platform)
+        "cuda" if platform == "gpu" else known(platform)
     )
-    return topologies.get_topology_desc(
-        platform="cuda", target_config=H100_CONFIGURATION, topology="1x1x1"
-    ).devices
+    try:
+        yield
+    finally:
+        xla_bridge.canonicalize_platform = known

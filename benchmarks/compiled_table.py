@@ -51,16 +51,17 @@ def arms(rows: Rows) -> list[str]:
 
 def shown(row: Row | None, field: str, digits: int = 1) -> str:
     """Returns a number of a row; a dash where it was not compiled."""
-    return "-" if row is None or field not in row else f"{row[field]:.{digits}f}"
+    found = None if row is None else row.get(field)
+    return "-" if found is None else f"{found:.{digits}f}"
 
 
 def one_matrix(rows: Rows) -> str:
     """Returns the bytes of a step on one matrix."""
     head = ["optimizer and state", *(f"{x}: bytes" for x in DEVICES.values())]
-    head += ["least possible", "against `optax.adam`", "temporary"]
+    head += ["least possible, without padding", "against `optax.adam`", "temporary"]
     lines = []
     for arm in arms(rows):
-        cells, ratios, temporary = [], set(), set()
+        cells, ratios, temporary, floor = [], set(), set(), "-"
         for device in DEVICES:
             row = rows.get((device, "float32", "one", arm))
             base = rows.get((device, "float32", "one", common.BASELINE))
@@ -77,7 +78,12 @@ def one_matrix(rows: Rows) -> str:
 def trees(rows: Rows) -> str:
     """Returns bytes, kernels and compile times on trees of many leaves."""
     head = ["device, parameters, tree", "optimizer and state", "bytes"]
-    head += ["least possible", "kernels", "temporary", "compiling, against Adam's"]
+    head += [
+        "least possible, without padding",
+        "kernels",
+        "temporary",
+        "compiling, against Adam's",
+    ]
     lines = []
     for device, title in DEVICES.items():
         for dtype in common.DTYPES:
@@ -104,7 +110,7 @@ def trees(rows: Rows) -> str:
 def wrapped(rows: Rows) -> str:
     """Returns the bytes of `bfloat16_parameters`, on one matrix."""
     head = ["remainder", "over", *(f"{x}: bytes" for x in DEVICES.values())]
-    head += ["least possible", "temporary", "peak, with gradients"]
+    head += ["least possible, without padding", "temporary", "peak, with gradients"]
     lines = []
     for key, row in rows.items():
         if key[0] != "v5e" or " remainder over " not in key[3]:
@@ -138,7 +144,7 @@ def meshes(rows: Rows) -> str:
 
 def sent(row: Row) -> str:
     """Returns the collectives of a row."""
-    found = row["collectives"].items()
+    found = row.get("collectives", {}).items()
     return ", ".join(f"{name} of {n / 1024:.0f} KiB" for name, n in found) or "nothing"
 
 

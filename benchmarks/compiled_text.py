@@ -1,7 +1,8 @@
 """What a compiled step will move, read from the text of XLA's optimized program.
 
 Bytes are those of arrays in the device's main memory (HBM), as they lie there: with the
-padding of a TPU's tiles. Arrays in a TPU's vector memory are not counted.
+padding of a TPU's tiles. Arrays in a TPU's vector memory are not counted. An operation
+is taken to read each operand once and whole, and to write its results once.
 """
 
 import math
@@ -9,8 +10,8 @@ import re
 from typing import NamedTuple
 
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
-SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](?:{{([^}}]*)}})?")
+SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "token": 0}
+ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:{([^}]*)})?")
 # name = type operation(operands), ...
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 COMPUTATION = re.compile(r"(ENTRY )?(%?[\w.-]+) .*\{$")
@@ -30,7 +31,7 @@ class Moved(NamedTuple):
     Attributes:
         hbm: Bytes read from and written to the main memory.
         kernels: Operations on arrays, without scalars and plain copies.
-        collectives: Bytes that come from other devices, by operation.
+        collectives: Bytes of the results of operations between devices, by kind.
     """
 
     hbm: int
@@ -56,27 +57,25 @@ def moved(text: str) -> Moved:
     """
     programs = computations(text)
     hbm, kernels = 0, 0
-    waiting = [programs["ENTRY"]]
+    collectives: dict[str, int] = {}
+    waiting = ["ENTRY"]
     while waiting:
-        lines = waiting.pop()
+        lines = programs[waiting.pop()]
         types = {x.name: x.type for x in lines}
         for x in lines:
-            if x.operation == "call":
-                called = re.search(r"to_apply=(%?[\w.-]+)", x.line)
-                assert called
-                waiting.append(programs[called[1].lstrip("%")])
-            elif x.operation in UNKNOWN:
+            if x.operation in UNKNOWN:
                 raise ValueError(f"{x.operation}: its bytes are not in the text")
+            if x.operation == "call":
+                called = re.search(r"to_apply=%?([\w.-]+)", x.line)
+                assert called
+                waiting.append(called[1])
             elif moves(x):
                 hbm += bytes_of(x, types)
                 kernels += is_kernel(x, types)
-    collectives: dict[str, int] = {}
-    for lines in programs.values():
-        types = {x.name: x.type for x in lines}
-        for x in lines:
-            kind = x.operation.removesuffix("-start")
-            if kind in COLLECTIVES:
-                collectives[kind] = collectives.get(kind, 0) + received(x, types)
+                kind = x.operation.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    size = sum(nbytes(*y, everywhere=True) for y in results(x, types))
+                    collectives[kind] = collectives.get(kind, 0) + size
     return Moved(hbm, kernels, collectives)
 
 
@@ -105,7 +104,7 @@ def is_kernel(x: Instruction, types: dict[str, str]) -> bool:
     """Returns whether an instruction computes arrays, not scalars, and is no copy."""
     if x.operation in ("copy-start", "slice-start", "copy"):
         return False
-    every = [x.type, *(types[name] for name in x.operands if name in types)]
+    every = [x.type, *(types[name] for name in x.operands)]
     return any(dims for type_ in every for _, dims, _ in ARRAY.findall(type_))
 
 
@@ -117,26 +116,24 @@ def bytes_of(x: Instruction, types: dict[str, str]) -> int:
         arrays = [array for array in ARRAY.findall(x.type) if array[1]]
         size = min(nbytes(*array, everywhere=True) for array in arrays)
         return sum(min(nbytes(*array), size) for array in arrays)
-    read = sum(total(types[name]) for name in set(x.operands) if name in types)
-    return read + total(x.type)
+    read = [y for name in {*x.operands} for y in ARRAY.findall(types[name])]
+    return sum(nbytes(*y) for y in [*read, *results(x, types)])
 
 
-def received(x: Instruction, types: dict[str, str]) -> int:
-    """Returns the bytes of a collective's results, wherever they lie."""
-    size = total(x.type, everywhere=True)
-    if x.operation in ("all-gather-start", "collective-permute-start"):
-        # The type of these names the operands as well.
-        size -= sum(total(types[name], everywhere=True) for name in x.operands)
-    return size
-
-
-def total(type_: str, everywhere: bool = False) -> int:
-    """Returns the bytes of the arrays in a type that lie in the main memory."""
-    return sum(nbytes(*array, everywhere) for array in ARRAY.findall(type_))
+def results(x: Instruction, types: dict[str, str]) -> list[tuple[str, str, str]]:
+    """Returns the arrays that an instruction makes."""
+    arrays = ARRAY.findall(x.type)
+    if x.operation not in ("all-gather-start", "collective-permute-start"):
+        return arrays
+    # The type of these names the operands first, and flags last.
+    operands = sum(len(ARRAY.findall(types[name])) for name in x.operands)
+    return arrays[operands : 2 * operands]
 
 
 def nbytes(dtype: str, dims: str, layout: str, everywhere: bool = False) -> int:
     """Returns the bytes of an array, with padding; 0 if it is not in main memory."""
+    if dtype not in SIZES:
+        raise ValueError(f"{dtype}: its size is not known here")
     space = re.search(r"S\((\d+)\)", layout)
     if space and not everywhere:
         return 0

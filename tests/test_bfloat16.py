@@ -36,6 +36,13 @@ KEY = np.array([3, 5], np.uint32)
 rng = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The data of a test do not depend on the tests before it."""
+    global rng
+    rng = np.random.default_rng(0)
+
+
 def floats(patterns: Any) -> np.ndarray:
     return np.asarray(patterns, np.uint32).view(np.float32)
 
@@ -266,6 +273,18 @@ def test_updates_land_on_the_parameter_or_nearly() -> None:
     assert np.all(half <= 2**-8 * np.abs(want[near]))
 
 
+def test_what_is_infinite_stays_infinite() -> None:
+    # inf - inf would be NaN.
+    optimizer = bfloat16_parameters(optax.sgd(1.0))
+    params = jnp.array([jnp.inf, -jnp.inf, 3.38e38, 1.0], BF16)
+    g = jnp.array([0.0, 1.0, -2e36, 0.0])
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = jax.jit(optimizer.update)(g, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params, jnp.array([jnp.inf, -jnp.inf, jnp.inf, 1.0]))
+
+
 def test_a_cancelled_parameter_is_nearly_right() -> None:
     old = np.array([1, -1, 3, 2**100], np.float32)
     target = np.array([2**-20, -(2**-20), 0, -(2**-10)], np.float32) * np.abs(old)
@@ -431,13 +450,19 @@ def test_other_leaves_pass_through(remainder: Any) -> None:
         assert_same(after.remainder["bf16"], state.remainder["bf16"])
 
 
-def test_within_masks_and_partitions() -> None:
+@EACH
+def test_within_masks_and_partitions(remainder: Any) -> None:
     params = {"w": jnp.ones((2, 16)), "b": jnp.ones(16)}
     optimizer = optax.partition(
-        {"a": bfloat16_parameters(adam3w(1e-2)), "b": optax.sgd(1e-2)},
+        {"a": bfloat16_parameters(adam3w(1e-2), remainder), "b": optax.sgd(1e-2)},
         {"w": "a", "b": "b"},
     )
-    narrow, state = to_bfloat16_parameters(params, optimizer.init(params))
+    state = optimizer.init(params)
+    if remainder is None:  # the state does not say whose "b" is
+        with pytest.raises(ValueError, match="mask must be given"):
+            to_bfloat16_parameters(params, state)
+    mask = None if remainder else {"w": True, "b": False}
+    narrow, state = to_bfloat16_parameters(params, state, mask)
     assert (narrow["w"].dtype, narrow["b"].dtype) == (BF16, F32)
     assert_same(to_float32_parameters(narrow, state), params)
     g = jax.tree.map(jnp.ones_like, narrow)
@@ -445,7 +470,9 @@ def test_within_masks_and_partitions() -> None:
     narrow = optax.apply_updates(narrow, updates)
     wide = adam3w(1e-2)
     want, _ = wide.update(jnp.ones((2, 16)), wide.init(params["w"]), params["w"])
-    assert_same(to_float32_parameters(narrow, state)["w"], params["w"] + want)
+    got, want = to_float32_parameters(narrow, state)["w"], params["w"] + want
+    within = {"int16": 0, "int8": 2**-15, None: 2**-7}[remainder]
+    np.testing.assert_allclose(got, want, rtol=within, atol=0)
 
 
 def test_in_and_out_loses_nothing_and_takes_a_mask() -> None:
@@ -463,6 +490,21 @@ def test_in_and_out_loses_nothing_and_takes_a_mask() -> None:
         assert_same(to_float32_parameters(params, now), masters)
         updates, now = optimizer.update(params, now, params)
         assert optax.apply_updates(params, updates)["w"].dtype == BF16
+    # A prefix is a mask, too; and a leaf may become float32 again.
+    some, now = to_bfloat16_parameters(masters, state, True)
+    assert some["b"].dtype == BF16
+    back = to_float32_parameters(some, now)
+    some, now = to_bfloat16_parameters(back, now, {"w": True, "b": False})
+    assert now[1].remainder["b"].shape == (1,)
+    updates, now = optimizer.update(some, now, some)
+    assert optax.apply_updates(some, updates)["b"].dtype == F32
+    with pytest.raises(ValueError, match="mask must be a tree like params, or a pref"):
+        to_bfloat16_parameters(masters, state, {"w": True})
+    other = {"w": jnp.ones((4, 17)), "b": jnp.ones(16)}
+    with pytest.raises(ValueError, match=r"params\['w'\] has shape \(4, 17\), and its"):
+        to_bfloat16_parameters(other, now)
+    with pytest.raises(ValueError, match=r"params\['w'\] is bfloat16 of shape \(4, 17"):
+        to_float32_parameters({**other, "w": other["w"].astype(BF16)}, now)
     with pytest.raises(ValueError, match="no BFloat16ParametersState"):
         to_float32_parameters(masters, adam3w().init(masters))
 
@@ -483,7 +525,9 @@ def test_errors_name_what_was_wrong() -> None:
     # Equinox adds without a cast, so that the parameters become float32.
     updates, state = optimizer.update(params, state, params)
     wrong = eqx.apply_updates(params, updates)
-    with pytest.raises(ValueError, match=r"optax\.apply_updates, which keeps"):
+    with pytest.raises(
+        ValueError, match=r"Was it bfloat16\? optax\.apply_updates keeps"
+    ):
         optimizer.update(params, state, wrong)
 
 
@@ -628,10 +672,11 @@ PLACES: dict[str, tuple[Any, Any]] = {
         optax.partition({"a": bfloat16_parameters(INNER)}, {"w": "a"}),
         INNER,
     ),
-    "a plateau's scale inside": (
+    "a factor inside": (
         bfloat16_parameters(optax.chain(INNER, optax.scale(0.5))),
         optax.chain(INNER, optax.scale(0.5)),
     ),
+    "a trust ratio inside": (bfloat16_parameters(optax.lamb(1e-2)), optax.lamb(1e-2)),
     "a schedule inside": (
         bfloat16_parameters(optax.adamw(optax.cosine_decay_schedule(1e-2, 10))),
         optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
@@ -642,7 +687,8 @@ PLACES: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", PLACES)
 def test_places_that_work(name: str) -> None:
     optimizer, wide = PLACES[name]
-    tolerance = 1e-6 if name in ("MultiSteps outside", "schedule_free inside") else 0
+    rounded = ("MultiSteps outside", "schedule_free inside", "a trust ratio inside")
+    tolerance = 1e-6 if name in rounded else 0
     np.testing.assert_allclose(runs(optimizer), wide_runs(wide), rtol=tolerance)
 
 
@@ -650,6 +696,24 @@ def test_apply_if_finite_outside_cannot() -> None:
     optimizer = optax.apply_if_finite(bfloat16_parameters(INNER), 3)
     with pytest.raises(TypeError, match="cond branches must have equal output types"):
         runs(optimizer)
+
+
+def test_schedule_free_outside_cannot() -> None:
+    # Documented: it changes the updates.
+    optimizer = optax.contrib.schedule_free(bfloat16_parameters(INNER), 1e-2)
+    wide = wide_runs(optax.contrib.schedule_free(INNER, 1e-2))
+    assert not np.allclose(runs(optimizer), wide, rtol=1e-4)
+
+
+def test_strict_promotion_cannot() -> None:
+    optimizer = bfloat16_parameters(INNER)
+    params = jnp.ones(2, BF16)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        pytest.raises(ValueError, match="promotion"),
+    ):
+        optax.apply_updates(params, updates)
 
 
 def test_what_changes_updates_afterwards_breaks_the_landing() -> None:

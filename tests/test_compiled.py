@@ -67,7 +67,7 @@ def test_bytes_are_at_their_floor(device: str, arm: str, floor: float) -> None:
 @pytest.mark.parametrize("form", compiled.common.FORMS)
 def test_int8_reads_twice_and_writes_once(device: str, form: str) -> None:
     found = counted(device, f"adam3 {form}, int8")
-    assert found["hbm"] < 25.1
+    assert found["hbm"] == pytest.approx(18 + 7, abs=0.1)
     assert found["temporary"] < 0.01
 
 
@@ -80,8 +80,13 @@ def test_bfloat16_parameters_are_written_in_the_same_pass(
     found = compiled.measured(compiled.wrapped()[arm](), params, on_one(device))
     # int8 reads gradient and codes once more, for the largest of each row.
     more = (4 if "None, int8" in arm else 5) if arm.endswith("int8") else 0
-    assert found["hbm"] < found["floor"] + more + 0.1
-    assert found["temporary"] < 0.01
+    temporary = 0
+    # A TPU writes three moments in float32 and these in one kernel, but the parameter
+    # in another.
+    if device == "v5e" and "int" in arm[:4] and arm.endswith("cubic, float32"):
+        more, temporary = 10, 4
+    assert found["hbm"] == pytest.approx(found["floor"] + more, abs=0.1)
+    assert found["temporary"] == pytest.approx(temporary, abs=0.01)
 
 
 @NEEDS_TPU
@@ -93,7 +98,8 @@ def test_only_maxima_of_rows_travel(storage: str, split: str, axes: str) -> None
     where = NamedSharding(mesh, compiled.SPLITS[split])
     optimizer = compiled.optimizers()[f"adam3 cubic, {storage}"]()
     found = compiled.measured(optimizer, ONE, where)
-    assert found["hbm"] < {"float32": 36.01, "bfloat16": 24.01, "int8": 25.3}[storage]
+    size = {"float32": 36, "bfloat16": 24, "int8": 25}[storage]
+    assert found["hbm"] == pytest.approx(size, abs=0.3 if storage == "int8" else 0.01)
     assert found["temporary"] < 0.1
     rows = where.shard_shape(ONE.shape)[0]
     if storage == "int8" and split != "rows":
@@ -109,8 +115,8 @@ def test_only_maxima_of_rows_travel(storage: str, split: str, axes: str) -> None
 def test_state_may_live_on_the_host(setting: str, size: int) -> None:
     device = on_one(compiled.MESH)
     optimizer = adam3w(1e-3, **all_at(setting))
-    params = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=device)
-    count = 4096 * 1024
+    params = [jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=device)] * 16
+    count = 16 * 4096 * 1024
     on_device = state_shardings(optimizer, params, device)
     on_host = state_shardings(optimizer, params, device, memory_kind="pinned_host")
     state = jax.tree.map(
@@ -135,16 +141,16 @@ def test_state_may_live_on_the_host(setting: str, size: int) -> None:
         memory.host_alias_size_in_bytes,
     ):
         assert found / count == pytest.approx(size, rel=0.01)
+    # Nearly all of it is on the device at once.
+    assert size < memory.temp_size_in_bytes / count < 1.3 * size
     # Memory space 5 is the host's. All of the state goes in, and comes out.
-    instructions = compiled_text.computations(str(program.as_text()))["ENTRY"]
-    copies = [x.type for x in instructions if x.operation.endswith("-start")]
-    travelled = [
-        min(compiled_text.nbytes(*x, everywhere=True) for x in arrays)
-        for copy in copies
-        if "S(5)" in copy and (arrays := compiled_text.ARRAY.findall(copy))
-        if (arrays := [array for array in arrays if array[1]])
-    ]
-    assert sum(travelled) / count == pytest.approx(2 * size, rel=0.01)
+    travelled = 0
+    for x in compiled_text.computations(str(program.as_text()))["ENTRY"]:
+        if x.operation.endswith("-start") and "S(5)" in x.type:
+            arrays = [y for y in compiled_text.ARRAY.findall(x.type) if y[1]]
+            sizes = [compiled_text.nbytes(*y, everywhere=True) for y in arrays]
+            travelled += min(sizes)
+    assert travelled / count == pytest.approx(2 * size, rel=0.01)
     # Without moving it in, JAX refuses to mix the two memories.
     with pytest.raises(ValueError, match="memory_space of all inputs"):
         jax.jit(update).lower(params, state, params)

@@ -20,6 +20,16 @@ HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0})->f32[8,128]{1,0}
   ROOT %n = f32[8,128]{1,0} negate(%p)
 }
 
+%sum (q: f32[8,128]) -> f32[8,128] {
+  %q = f32[8,128]{1,0} parameter(0)
+  ROOT %t = f32[8,128]{1,0} all-reduce(%q)
+}
+
+%never (z: f32[8,128]) -> f32[8,128] {
+  %z = f32[8,128]{1,0} parameter(0)
+  ROOT %w = f32[8,128]{1,0} all-gather(%z)
+}
+
 ENTRY %main (a: f32[8,128], b: s8[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0} parameter(0)
   %b = s8[8,128]{1,0} parameter(1)
@@ -70,9 +80,37 @@ def test_bytes_of_operations(body: str, hbm: int, kernels: int) -> None:
     assert moved == (CALL + hbm, 1 + kernels, {})
 
 
-def test_operations_of_unknown_size_are_refused() -> None:
-    body = "%x = f32[8,128]{1,0} while(%a), condition=%c, body=%d"
-    with pytest.raises(ValueError, match=r"^while: its bytes are not in the text"):
+@pytest.mark.parametrize(
+    ("sync", "start"),
+    [
+        (
+            "f32[16,128] all-gather(%a)",
+            "(f32[8,128], f32[16,128]) all-gather-start(%a)",
+        ),
+        ("f32[8,128] all-reduce(%a)", "f32[8,128] all-reduce-start(%a)"),
+        (
+            "s8[8,128] collective-permute(%b)",
+            "(s8[8,128], s8[8,128], u32[], u32[]) collective-permute-start(%b)",
+        ),
+    ],
+)
+def test_a_collective_moves_the_same_if_it_is_waited_for(sync: str, start: str) -> None:
+    one, other = (
+        compiled_text.moved(PROGRAM.replace("BODY", f"%x = {body}"))
+        for body in (sync, start)
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("%x = f32[8,128] while(%a), condition=%c, body=%d", "^while: its bytes are"),
+        ("%x = f8e4m3fn[8,128] fusion(%a), calls=%f", "^f8e4m3fn: its size is not"),
+    ],
+)
+def test_what_is_unknown_is_refused(body: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         compiled_text.moved(PROGRAM.replace("BODY", body))
 
 
@@ -85,6 +123,17 @@ def test_operations_of_unknown_size_are_refused() -> None:
         (
             "%x = (f32[8,128], f32[16,128]) all-gather-start(%a)",
             {"all-gather": 16 * 128 * 4},
+        ),
+        ("%x = f32[16,128] all-gather(%a)", {"all-gather": 16 * 128 * 4}),
+        (
+            "%x = (s8[8,128], s8[8,128], u32[], u32[]) collective-permute-start(%b)",
+            {"collective-permute": 1024},
+        ),
+        # One in a part of the program that is called twice, one that is never called.
+        (
+            "%x = f32[8,128]{1,0} call(%a), to_apply=%sum\n"
+            "  %y = f32[8,128]{1,0} call(%a), to_apply=%sum",
+            {"all-reduce": 2 * 4096},
         ),
     ],
 )
