@@ -93,7 +93,10 @@ def devices(name: str, shape: str = "2x2") -> Any:
 
 @contextlib.contextmanager
 def _cuda_without_a_gpu() -> Iterator[None]:
-    """Tells JAX that "gpu" means "cuda". Without a GPU it does not know (issue 23971)."""
+    """Tells JAX that "gpu" means "cuda", which without a GPU it does not know.
+
+    Issue 23971 of JAX.
+    """
     from jax._src import xla_bridge
 
     known = xla_bridge.canonicalize_platform
