@@ -97,6 +97,13 @@ def to_adam_state(
     Raises:
         ValueError: No `ScaleByAdam3State` in `state`, or one in a state of
             `optax.inject_hyperparams`; a `mu_dtype` that is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from adam3_optax import adam3, to_adam_state
+        >>> state = to_adam_state(adam3().init(jnp.ones(3)))
+        >>> type(state[0]).__name__, state[0].mu.shape
+        ('ScaleByAdamState', (3,))
     """
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
         raise ValueError(f"mu_dtype must be a floating dtype or None, got {mu_dtype!r}")

@@ -413,6 +413,20 @@ def test_shards_as_the_parameters_do(remainder: Any, kind: Any) -> None:
     assert_same(jax.device_get(got), jax.device_get(want))
 
 
+def test_remainders_of_float32_parameters_lie_beside_them() -> None:
+    mesh = mesh_of(AxisType.Auto)
+    where = NamedSharding(mesh, P("data", "model"))
+    optimizer = bfloat16_parameters(adam3w(1e-2))
+    with jax.set_mesh(mesh):
+        masters = jax.device_put(jnp.ones((64, 128)), where)
+        before = state_shardings(optimizer, masters, where)
+        state = jax.jit(optimizer.init, out_shardings=before)(masters)
+        params, state = jax.jit(to_bfloat16_parameters)(masters, state)
+        after = state_shardings(optimizer, params, where)
+        assert after.remainder == where
+        assert state.remainder.sharding.is_equivalent_to(where, 2)
+
+
 # Trees and clients.
 
 

@@ -42,6 +42,22 @@ def test_code_on_diagnostics_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "third_moment/ratio" in namespace["scalars"]
 
 
+def test_code_on_low_precision_runs(standard_promotion: None) -> None:
+    params = {"w": jax.numpy.full((4, 16), 0.1)}
+    names: dict[str, Any] = {"adam3_optax": adam3_optax, "float32_params": params}
+    code = blocks(ROOT / "docs" / "low_precision.md", "python")
+    assert len(code) == 4
+    for number, block in enumerate(code):
+        exec(compile(block, f"docs/low_precision.md, block {number}", "exec"), names)
+        if "updates" not in names and "state" in names:
+            update = names["optimizer"].update
+            names["updates"], _ = update(
+                names["params"], names["state"], names["params"]
+            )
+    assert names["params"]["w"].dtype == jax.numpy.bfloat16
+    assert names["float32_params"]["w"].dtype == jax.numpy.float32
+
+
 def test_readme_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = [
@@ -70,21 +86,20 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, link
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adam3",
-        "adam3w",
-        "scale_by_adam3",
-        "ScaleByAdam3State",
-        "BlowUpWarning",
-        "third_moment_report",
-    ],
-)
-def test_public_names_are_documented(name: str) -> None:
-    assert (getattr(adam3_optax, name).__doc__ or "").strip()
-    readme = (ROOT / "README.md").read_text()
-    assert name in readme or name == "ScaleByAdam3State"
+PUBLIC = [name for name in vars(adam3_optax) if name[0] != "_" and name.islower()]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_are_documented(name: str) -> None:
+    value = getattr(adam3_optax, name)
+    text = "".join(page.read_text() for page in PAGES)
+    assert f"`{name}" in text or f".{name}(" in text
+    doc = inspect.getdoc(value) or ""
+    for section in ("Args:", "Returns:", "Example:"):
+        assert section in doc, section
+    assert re.search(r"^    >>> ", doc, re.M)
+    for argument in inspect.signature(value).parameters:
+        assert re.search(rf"^    (\*\*)?{argument}: ", doc, re.M), argument
 
 
 def test_factories_document_every_argument_and_run_an_example() -> None:
