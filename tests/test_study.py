@@ -544,7 +544,7 @@ def test_a_task_begins_at_chance_and_is_pure(kind: str, corpus: Any) -> None:
     classes = params["output"].shape[-1]
     found = task.validate(params)
     assert float(found["loss"]) == pytest.approx(math.log(classes), rel=0.35)
-    batch, again = task.batch(key), task.batch(key)
+    batch, again = task.batch(key, ()), task.batch(key, ())
     jax.tree.map(np.testing.assert_array_equal, batch, again)
     assert all(x.shape[0] == 8 for x in jax.tree.leaves(batch))
     # The mean over halves is the whole: the two shadow states cost no gradient.
@@ -556,15 +556,15 @@ def test_a_task_begins_at_chance_and_is_pure(kind: str, corpus: Any) -> None:
 def test_options_of_the_classifiers() -> None:
     tasks = part("tasks")
     key = jax.random.key(0)
-    _, labels = tasks.digits(batch=4096, long_tail=True).batch(key)
+    _, labels = tasks.digits(batch=4096, long_tail=True).batch(key, ())
     shares = np.bincount(labels, minlength=10) / 4096
     wanted = 1 / np.arange(1, 11)
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.03)
-    _, labels = tasks.softmax(batch=8192, classes=64).batch(key)
+    _, labels = tasks.softmax(batch=8192, classes=64).batch(key, ())
     assert np.bincount(labels)[0] / 8192 == pytest.approx(0.21, abs=0.03)
     for name in ("digits", "softmax"):
-        clean = tasks.TASKS[name](batch=4096).batch(key)[1]
-        noisy = tasks.TASKS[name](batch=4096, label_noise=0.5).batch(key)[1]
+        clean = tasks.TASKS[name](batch=4096).batch(key, ())[1]
+        noisy = tasks.TASKS[name](batch=4096, label_noise=0.5).batch(key, ())[1]
         # Half are replaced, of which one in ten hits the same digit.
         assert 0.4 < float((clean != noisy).mean()) < 0.55
 
