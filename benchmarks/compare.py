@@ -164,10 +164,11 @@ class Runner:
         wanted = {x: y for x, y in self.study.checks.items() if x != "stationary"}
         if "identity" in wanted:
             wanted["its_task"] = self.study.tasks[wanted["identity"]["task"]]
-        drawn = [x for x in self.study.tuned_tasks() if self.draws(x)]
+        drawn: list[str] = []
         seeds = plan.final_seeds(self.study)
         if "class_means" in wanted:
-            wanted["seen"] = {
+            drawn = [x for x in self.study.tuned_tasks() if self.draws(x)]
+            wanted["drawn"] = {
                 "tasks": {x: self.study.options(x) for x in drawn},
                 "tuning": {x: self.study.tuning_seeds(x) for x in drawn},
                 "final": list(seeds),

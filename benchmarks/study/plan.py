@@ -213,7 +213,11 @@ def _check(study: Study) -> None:
         smoothed = any(
             "smoothing" in RULES[x["rule"]].numbers for x in study.arms.values()
         )
-        if smoothed and task.get("tuned", True) and task["kind"] not in tasks.OF_CLASSES:
+        if (
+            smoothed
+            and task.get("tuned", True)
+            and task["kind"] not in tasks.OF_CLASSES
+        ):
             raise ValueError(f"{where} has no labels that an arm could smooth")
     _check_checks(study)
 
@@ -235,6 +239,8 @@ def _check_checks(study: Study) -> None:
             _same(f"[checks.{table}]", set(found), set(wanted), set(wanted))
             for name, kind in wanted.items():
                 _typed(f"checks.{table}.{name}", found[name], kind)
+                if found[name] == []:
+                    raise ValueError(f"checks.{table}.{name} is empty")
             if "task" in found and found["task"] not in study.tasks:
                 raise ValueError(
                     f"checks.{table}.task {found['task']!r} is none of [tasks]"

@@ -426,9 +426,7 @@ def ngrams(word: str, buckets: int) -> list[int]:
     9
     """
     marked = f"<{word}>"
-    found = [
-        marked[i : i + n] for n in (1, 2, 3) for i in range(len(marked) - n + 1)
-    ]
+    found = [marked[i : i + n] for n in (1, 2, 3) for i in range(len(marked) - n + 1)]
     return [zlib.crc32(x.encode()) % buckets for x in found]
 
 
