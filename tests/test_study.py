@@ -1,6 +1,7 @@
 """The study: its statistics, its design, its pairing, its record, and a tiny run."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -748,7 +749,7 @@ def test_ngrams_against_a_reference() -> None:
 
     def reference(word: str) -> list[int]:
         marks = ["<", *word, ">"]
-        grams = [*marks, *map("".join, zip(marks, marks[1:], strict=False))]
+        grams = [*marks, *map("".join, itertools.pairwise(marks))]
         grams += map("".join, zip(marks, marks[1:], marks[2:], strict=False))
         return sorted(crc(x) % 128 for x in grams)
 
@@ -1173,7 +1174,8 @@ def test_a_primary_comparison_that_is_incomplete_says_so() -> None:
         (
             "--study",
             "none",
-            "--study must be one of characters, confirm, fair, main, quick, search, tiny",
+            "--study must be one of characters, confirm, fair, main, quick, search, "
+            "tiny",
         ),
         ("--text", "no such text", "no such text: No such file or directory"),
         ("--report", "no such folder", "study.toml: No such file or directory"),
