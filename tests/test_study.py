@@ -634,9 +634,9 @@ def test_other_controls(gradients: list[Any]) -> None:
     cubic, _ = direction("cubic", smaller, lam=10.0, b3=0.9)
     np.testing.assert_array_equal(scaled["embed"], cubic["embed"])
     # Its eps is relative to the scaled gradients, like all else.
-    large, _ = direction("cubic_at_scale_1", gradients, eps=0.1)
-    same, _ = direction("cubic", smaller, eps=0.1)
-    other, _ = direction("cubic", smaller, eps=0.4)
+    large, _ = direction("cubic_at_scale_1", gradients, eps=0.1, b3=0.9)
+    same, _ = direction("cubic", smaller, eps=0.1, b3=0.9)
+    other, _ = direction("cubic", smaller, eps=0.4, b3=0.9)
     np.testing.assert_array_equal(large["embed"], same["embed"])
     assert not np.allclose(large["embed"], other["embed"], rtol=0.05)
 
