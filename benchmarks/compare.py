@@ -35,7 +35,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from study import arms, checks, plan, report, tasks
+from study import arms, checks, class_means, plan, report, tasks
 from study.plan import POINTS, Study, Trial
 from study.record import Record, environment, lock
 from study.training import Program, StoppedError
@@ -67,6 +67,10 @@ class Runner:
             kind, options = self.study.tasks[name]["kind"], self.study.options(name)
             self.made[name] = tasks.make(kind, options, self.corpus)
         return self.made[name]
+
+    def draws(self, name: str) -> bool:
+        """Returns whether a task draws its data from the seed."""
+        return self.task(name).data is not tasks.no_data
 
     def pending(self, trials: list[Trial]) -> list[Trial]:
         """Returns the trials without a line in the record, each once."""
@@ -160,6 +164,16 @@ class Runner:
         wanted = {x: y for x, y in self.study.checks.items() if x != "stationary"}
         if "identity" in wanted:
             wanted["its_task"] = self.study.tasks[wanted["identity"]["task"]]
+        drawn: list[str] = []
+        seeds = plan.final_seeds(self.study)
+        if "class_means" in wanted:
+            drawn = [x for x in self.study.tuned_tasks() if self.draws(x)]
+            wanted["drawn"] = {
+                "tasks": {x: self.study.options(x) for x in drawn},
+                "tuning": {x: self.study.tuning_seeds(x) for x in drawn},
+                "final": list(seeds),
+                "corpus": self.fingerprint,
+            }
         found: dict[str, Any] = {}
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -173,6 +187,18 @@ class Runner:
             )
         if "blow_up" in wanted:
             found["blow_up"] = checks.blow_up(**wanted["blow_up"])
+        if "class_means" in wanted:
+            check = wanted["class_means"]
+            found["class_means"] = {
+                name: class_means.evaluate(
+                    self.task(name),
+                    check["shrinkage"],
+                    check["variance"],
+                    self.study.tuning_seeds(name),
+                    seeds,
+                )
+                for name in drawn
+            }
         part = path.with_suffix(".part")
         part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         part.replace(path)

@@ -1,6 +1,7 @@
 """The study: its statistics, its design, its pairing, its record, and a tiny run."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -112,7 +113,7 @@ def test_steps_to_the_baseline() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["main", "search", "confirm", "characters", "quick", "tiny"]
+    "name", ["main", "search", "confirm", "characters", "fair", "quick", "tiny"]
 )
 def test_every_arm_has_as_many_trials_on_shared_points(name: str) -> None:
     plan = part("plan")
@@ -129,7 +130,7 @@ def test_every_arm_has_as_many_trials_on_shared_points(name: str) -> None:
                     assert ours[x] == theirs[x]
 
 
-@pytest.mark.parametrize("name", ["main", "search", "confirm", "characters"])
+@pytest.mark.parametrize("name", ["main", "search", "confirm", "characters", "fair"])
 def test_the_design_has_five_learning_rates_a_decade(name: str) -> None:
     plan = part("plan")
     study = plan.load(STUDIES / f"{name}.toml")
@@ -172,6 +173,75 @@ def test_numbers_stay_in_their_ranges() -> None:
     assert plan.spread("b2", [0.9, 0.999], 0.0) == pytest.approx(0.9)
 
 
+def test_smoothing_takes_no_column_of_the_others() -> None:
+    # A further dimension would move the points of all; they are those of the records.
+    plan = part("plan")
+    points = plan.design(8, 2)
+    wanted = stats.qmc.Sobol(11, scramble=True, rng=2).random(8)
+    np.testing.assert_array_equal(points[:, :11], wanted)
+    own = plan.DIMENSIONS.index("smoothing")
+    np.testing.assert_array_equal(points[:, own], wanted[:, 10])  # that of beta
+    study = plan.load(STUDIES / "fair.toml")
+    found = [x["smoothing"] for x in plan.settings(study, "spelling", "smoothed")]
+    assert 0 <= min(found) < 0.01
+    assert 0.19 < max(found) <= 0.2
+    assert np.mean(found) == pytest.approx(0.1, abs=0.005)  # spread evenly
+
+
+def test_the_fair_study_tunes_eps_in_every_arm() -> None:
+    plan = part("plan")
+    study = plan.load(STUDIES / "fair.toml")
+    for task in study.tasks:
+        for arm in study.arms:
+            eps = np.log10([x["eps"] for x in plan.settings(study, task, arm)])
+            cells = np.floor((eps + 8) / 7 * 16)
+            assert set(cells[:16]) == set(range(16)), (task, arm)
+
+
+@pytest.mark.parametrize(
+    ("name", "ends", "value", "wanted"),
+    [
+        ("warm_up", [0.1, 0.3], 0.15, 0.25),
+        ("smoothing", [0.0, 0.2], 0.01, 0.05),
+        ("b2", [0.9, 0.999], 0.99, 0.5),
+        ("eps", [1e-8, 0.1], 0.1, 1.0),
+        ("lam", [0.01, 1.0], 0.1, 0.5),
+    ],
+)
+def test_the_place_of_a_number(
+    name: str, ends: list[float], value: float, wanted: float
+) -> None:
+    plan = part("plan")
+    assert plan.position(name, ends, value) == pytest.approx(wanted)
+    assert plan.spread(name, ends, wanted) == pytest.approx(value)
+
+
+def test_edges_of_every_number(tmp_path: Path) -> None:
+    plan, record = part("plan"), part("record").Record(tmp_path)
+    study = plan.load(STUDIES / "fair.toml")
+    settings = plan.settings(study, "spelling", "smoothed")
+    # The best is the setting with the least smoothing, and has a large loss elsewhere.
+    chosen = min(settings, key=lambda h: h["smoothing"])
+    for h in settings:
+        for seed in (0, 1):
+            trial = plan.Trial("tune", "spelling", "smoothed", "smoothed", h, seed)
+            final = 1.0 if h == chosen else 2.0 + seed
+            key = study.key(trial, "text")
+            record.rows[key] = {"key": key, "final": final}
+    found = plan.best(study, record, "text", "spelling", "smoothed")
+    assert found.h == chosen
+    tuned = {"lr", "warm_up", "b2", "weight_decay", "b1", "eps", "smoothing"}
+    assert set(found.positions) == tuned
+    half, lr = 3.5 / 2, math.log10(chosen["lr"] / 5e-2)
+    assert found.positions["lr"] == pytest.approx((lr + half) / 3.5, abs=1e-5)
+    eps = (math.log10(chosen["eps"]) + 8) / 7
+    assert found.positions["eps"] == pytest.approx(eps, abs=1e-5)
+    outer = {x for x, y in found.positions.items() if y < 0.1 or y > 0.9}
+    assert set(found.edges) == outer
+    assert "smoothing" in found.edges
+    assert outer != tuned
+
+
 def edited(tmp_path: Path, *changes: tuple[str, str]) -> Path:
     text = (STUDIES / "tiny.toml").read_text()
     for old, new in changes:
@@ -208,6 +278,18 @@ def edited(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         ("steps = 20", "steps = 30", "must be a multiple of 20"),
         ('task = "quadratic"', 'task = "cubic"', "'cubic' is none of .tasks."),
         ("decades = 2.0", "decades =", "Invalid value"),
+        ("[tuning]", '[primary]\narm = "adamw"\n[tuning]', "'adamw' is no arm beside"),
+        (
+            'rule = "standardized"',
+            'rule = "smoothed"\n[tasks.words]\nkind = "words"\nsteps = 20\n'
+            "lr = 1.0\nlanes = 1",
+            "tasks.words has no labels that an arm could smooth",
+        ),
+        (
+            "[checks.identity]",
+            "[checks.class_means]\nshrinkage = []\nvariance = [1.0]\n[checks.identity]",
+            "checks.class_means.shrinkage is empty",
+        ),
     ],
 )
 def test_mistakes_in_a_study(
@@ -282,6 +364,54 @@ def test_arms_are_paired_by_the_seed() -> None:
     [other] = program("adamw", lanes=1).train([(setting("adamw", lr=0.0), 4)])
     assert other["training_loss"] != first
     assert len(set(first)) > 1  # batches differ from step to step
+
+
+def test_smoothing_of_0_is_adamw_and_more_is_not() -> None:
+    train = program("smoothed", lanes=2).train
+    found = [(setting("smoothed", smoothing=x), 0) for x in (0.0, 0.2)]
+    none, some = (x["training_loss"] for x in train(found))
+    [plain] = program("adamw", lanes=1).train([(setting("adamw"), 0)])
+    np.testing.assert_allclose(none, plain["training_loss"], rtol=2e-4)
+    assert abs(some[-1] / none[-1] - 1) > 0.01
+
+
+def test_the_smoothed_loss_against_numpy() -> None:
+    task = part("tasks").digits(width=8, batch=8)
+    params = task.init(jax.random.key(0))
+    x, y = task.batch(jax.random.key(1), ())
+    w = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    hidden = np.maximum(np.asarray(x) @ w["hidden"] + w["hidden_bias"], 0)
+    logits = hidden @ w["output"] + w["bias"]
+    share = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    target = 0.9 * np.eye(10)[np.asarray(y)] + 0.1 / 10
+    wanted = -(target * np.log(share)).sum(axis=1).mean()
+    assert float(task.loss(params, (x, y), smoothing=0.1)) == pytest.approx(wanted)
+
+
+def test_arms_see_the_same_data_and_seeds_their_own() -> None:
+    tasks = part("tasks")
+    task = tasks.softmax(fresh=True, classes=8, examples=64, features=4, batch=8)
+    drawn = {
+        seed: task.data(part("training").keys_of(jnp.uint32(seed))[3])
+        for seed in (3, 4)
+    }
+    for rule in ("adamw", "random_sign"):
+        train = program(rule, lanes=2, task=task).train
+        # With a learning rate of 0 all logits stay 0, and the answer is class 0.
+        rows = train([(setting(rule, lr=0.0), seed) for seed in drawn])
+        for row, data in zip(rows, drawn.values(), strict=True):
+            wrong = np.mean(np.asarray(data.y_out) != 0)
+            assert row["validation_error"] == pytest.approx([wrong] * 20)
+    keys = part("training").keys_of(jnp.uint32(3))
+    key = jax.random.key(3)
+    words = jax.random.key_data(keys)
+    np.testing.assert_array_equal(
+        words[:3], jax.random.key_data(jax.random.split(key, 3))
+    )
+    assert len({tuple(x) for x in words.tolist()}) == 4
+    one, two = drawn.values()
+    assert not (np.asarray(one.x) == np.asarray(two.x)).any()
+    assert np.mean(one.y_out == 0) != np.mean(two.y_out == 0)
 
 
 def test_what_is_logged() -> None:
@@ -506,6 +636,12 @@ def test_other_controls(gradients: list[Any]) -> None:
     scaled, _ = direction("cubic_at_scale_1", gradients, lam=10.0, b3=0.9)
     cubic, _ = direction("cubic", smaller, lam=10.0, b3=0.9)
     np.testing.assert_array_equal(scaled["embed"], cubic["embed"])
+    # Its eps is relative to the scaled gradients, like all else.
+    large, _ = direction("cubic_at_scale_1", gradients, eps=0.1, b3=0.9)
+    same, _ = direction("cubic", smaller, eps=0.1, b3=0.9)
+    other, _ = direction("cubic", smaller, eps=0.4, b3=0.9)
+    np.testing.assert_array_equal(large["embed"], same["embed"])
+    assert not np.allclose(large["embed"], other["embed"], rtol=0.05)
 
 
 # --- The tasks ----------------------------------------------------------------------
@@ -527,24 +663,28 @@ def test_recall_is_of_the_training_text(corpus: Any) -> None:
     # Its windows begin at the 0th to 7th character; all of them, and no others.
     tokens = jnp.asarray(corpus.training[:40])
     windows = jnp.stack([tokens[i : i + 33] for i in range(8)])
-    assert float(recall.validate(params)["loss"]) == float(recall.loss(params, windows))
-    assert recall.validate(params) != held_out.validate(params)
+    assert float(recall.validate(params, ())["loss"]) == float(
+        recall.loss(params, windows)
+    )
+    assert recall.validate(params, ()) != held_out.validate(params, ())
 
 
 @pytest.mark.parametrize(
     "kind",
     [
         "digits",
+        "spelling",
         *slow("characters", "words", "softmax"),
     ],
 )
 def test_a_task_begins_at_chance_and_is_pure(kind: str, corpus: Any) -> None:
     task = part("tasks").make(kind, {"batch": 8}, corpus)
     params, key = task.init(jax.random.key(0)), jax.random.key(1)
+    data = task.data(jax.random.key(2))
     classes = params["output"].shape[-1]
-    found = task.validate(params)
+    found = task.validate(params, data)
     assert float(found["loss"]) == pytest.approx(math.log(classes), rel=0.35)
-    batch, again = task.batch(key), task.batch(key)
+    batch, again = task.batch(key, data), task.batch(key, data)
     jax.tree.map(np.testing.assert_array_equal, batch, again)
     assert all(x.shape[0] == 8 for x in jax.tree.leaves(batch))
     # The mean over halves is the whole: the two shadow states cost no gradient.
@@ -556,17 +696,156 @@ def test_a_task_begins_at_chance_and_is_pure(kind: str, corpus: Any) -> None:
 def test_options_of_the_classifiers() -> None:
     tasks = part("tasks")
     key = jax.random.key(0)
-    _, labels = tasks.digits(batch=4096, long_tail=True).batch(key)
+    _, labels = tasks.digits(batch=4096, long_tail=True).batch(key, ())
     shares = np.bincount(labels, minlength=10) / 4096
     wanted = 1 / np.arange(1, 11)
     np.testing.assert_allclose(shares, wanted / wanted.sum(), atol=0.03)
-    _, labels = tasks.softmax(batch=8192, classes=64).batch(key)
+    _, labels = tasks.softmax(batch=8192, classes=64).batch(key, ())
     assert np.bincount(labels)[0] / 8192 == pytest.approx(0.21, abs=0.03)
     for name in ("digits", "softmax"):
-        clean = tasks.TASKS[name](batch=4096).batch(key)[1]
-        noisy = tasks.TASKS[name](batch=4096, label_noise=0.5).batch(key)[1]
+        clean = tasks.TASKS[name](batch=4096).batch(key, ())[1]
+        noisy = tasks.TASKS[name](batch=4096, label_noise=0.5).batch(key, ())[1]
         # Half are replaced, of which one in ten hits the same digit.
         assert 0.4 < float((clean != noisy).mean()) < 0.55
+
+
+def test_fresh_clusters_are_those_that_are_described() -> None:
+    # The examples' second moments, which the centres' are part of, and frequencies.
+    make = part("tasks").softmax
+    sizes = {"classes": 32, "examples": 20000, "features": 16, "distance": 8.0}
+    data = make(fresh=True, **sizes).data(jax.random.key(0))
+    frequencies = 1 / np.arange(1, 33)
+    frequencies /= frequencies.sum()
+    for x, y in ((data.x, data.y), (data.x_out, data.y_out)):
+        x, y = np.asarray(x), np.asarray(y)
+        shares = np.bincount(y, minlength=32) / 20000
+        np.testing.assert_allclose(shares, frequencies, atol=0.012)
+        means = np.stack([x[y == k].mean(axis=0) for k in range(32)])
+        assert np.var(x - means[y]) == pytest.approx(1, abs=0.02)
+        gaps = np.linalg.norm(means[:, None] - means[None], axis=-1)
+        apart = gaps[np.triu_indices(32, 1)].mean()
+        assert apart == pytest.approx(8.0, rel=0.1)
+    # Both halves are of the same centres, and of other examples.
+    one, two = (np.asarray(x)[np.asarray(y) == 0].mean(axis=0)
+                for x, y in ((data.x, data.y), (data.x_out, data.y_out)))  # fmt: skip
+    np.testing.assert_allclose(one, two, atol=0.1)
+    assert not (np.asarray(data.x) == np.asarray(data.x_out)).any()
+    noisy = make(fresh=True, label_noise=0.2, **sizes).data(jax.random.key(0))
+    np.testing.assert_array_equal(noisy.x, data.x)
+    for name in ("y", "y_out"):
+        changed = np.mean(getattr(noisy, name) != getattr(data, name))
+        # One random label in 32 is the same; a few more where frequent ones fall.
+        assert changed == pytest.approx(0.2 * 31 / 32, abs=0.01)
+    with pytest.raises(ValueError, match="data is the seed of constant data"):
+        part("tasks").check("softmax", {"fresh": True, "data": 1})
+
+
+def test_ngrams_against_a_reference() -> None:
+    # CRC-32 bit by bit, and windows by slices of zip: nothing of the code's own.
+    def crc(text: str) -> int:
+        found = 0xFFFFFFFF
+        for byte in text.encode():
+            found ^= byte
+            for _ in range(8):
+                found = found >> 1 ^ (0xEDB88320 if found & 1 else 0)
+        return found ^ 0xFFFFFFFF
+
+    def reference(word: str) -> list[int]:
+        marks = ["<", *word, ">"]
+        grams = [*marks, *map("".join, itertools.pairwise(marks))]
+        grams += map("".join, zip(marks, marks[1:], marks[2:], strict=False))
+        return sorted(crc(x) % 128 for x in grams)
+
+    for word in ("a", "to", "banana", "été", "!"):
+        assert sorted(part("tasks").ngrams(word, 128)) == reference(word)
+
+
+def test_spelling_counts_the_ngrams_of_words_of_its_part() -> None:
+    tasks = part("tasks")
+    # 60 words each once a line; the last third of the text has only ten of them.
+    words = [a + b + c for a in "abc" for b in "aeiou" for c in "klmn"]
+    text = " ".join(words * 40 + words[:10] * 120)
+    letters = sorted(set(text))
+    tokens = np.array([letters.index(x) for x in text], np.int32)
+    corpus = tasks.char_lm.Corpus(letters, tokens, np.zeros((1, 65), np.int32))
+    task = tasks.spelling(corpus, classes=60, examples=512, features=128)
+    data = task.data(jax.random.key(0))
+    order = {x: i for i, x in enumerate(dict.fromkeys(words))}  # ties: first seen
+    buckets = [tasks.ngrams(x, 128) for x in order]
+    whole = np.stack([np.bincount(x, minlength=128) for x in buckets])
+    for x, y in ((data.x, data.y), (data.x_out, data.y_out)):
+        x, full = np.asarray(x), whole[np.asarray(y)]
+        assert (x <= full).all()
+        assert (x == np.round(x)).all()
+        assert x.sum() / full.sum() == pytest.approx(0.7, abs=0.01)
+    assert len(set(np.asarray(data.y).tolist())) == 60
+    assert set(np.asarray(data.y_out).tolist()) == set(range(10))
+    with pytest.raises(ValueError, match="60 different words, but 61 are needed"):
+        tasks.spelling(corpus, classes=61)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_rare_and_frequent_against_numpy(noise: float) -> None:
+    tasks = part("tasks")
+    options = {"classes": 64, "examples": 256, "features": 8, "fresh": True}
+    task = tasks.softmax(label_noise=noise, **options)
+    key = jax.random.key(5)
+    data = task.data(key)
+    clean = tasks.softmax(**options).data(key)  # the same examples, by their classes
+    rng = np.random.default_rng(0)
+    params = {"output": jnp.asarray(rng.normal(size=(8, 64)), jnp.float32),
+              "bias": jnp.asarray(rng.normal(size=64), jnp.float32)}  # fmt: skip
+    found = task.validate(params, data)
+    counts = [np.sum(np.asarray(clean.y) == k) for k in range(64)]
+    rare = np.array([counts[k] <= 3 for k in np.asarray(clean.y_out)])
+    assert 10 < rare.sum() < 128
+    x, labels = np.asarray(data.x_out, np.float64), np.asarray(data.y_out)
+    logits = x @ np.asarray(params["output"]) + np.asarray(params["bias"])
+    nll = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(256), labels]
+    wrong = logits.argmax(axis=1) != labels
+    for name, value in (("loss", nll), ("error", wrong)):
+        assert float(found[name]) == pytest.approx(value.mean(), rel=1e-4)
+        for group, members in (("rare", rare), ("frequent", ~rare)):
+            wanted = value[members].mean()
+            assert float(found[f"{name}_{group}"]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_class_means_against_numpy() -> None:
+    tasks, class_means = part("tasks"), part("class_means")
+    options = {"classes": 16, "examples": 64, "features": 4, "fresh": True}
+    task = tasks.softmax(**options)
+    seeds = {"tuning": [0, 1], "final": range(7, 9)}
+    grid = {"shrinkages": [1.0, 2.0, 8.0], "variances": [0.5, 1.0, 4.0]}
+    found = class_means.evaluate(task, **grid, **seeds)
+
+    def reference(seed: int, shrinkage: float, variance: float) -> tuple[float, float]:
+        data = task.data(part("training").keys_of(jnp.uint32(seed))[3])
+        x, y = np.asarray(data.x, np.float64), np.asarray(data.y)
+        x_out, y_out = np.asarray(data.x_out, np.float64), np.asarray(data.y_out)
+        likelihood = np.zeros((64, 16))
+        for k in range(16):
+            mine = x[y == k]
+            shrunk = mine.sum(axis=0) / max(len(mine) + shrinkage, 1e-9)
+            distance = ((x_out - shrunk) ** 2).sum(axis=1)
+            likelihood[:, k] = (len(mine) + 1) * np.exp(-distance / (2 * variance))
+        share = likelihood / likelihood.sum(axis=1, keepdims=True)
+        loss = -np.log(share[np.arange(64), y_out]).mean()
+        return loss, float(np.mean(share.argmax(axis=1) != y_out))
+
+    losses = {
+        (a, b): np.mean([reference(x, a, b)[0] for x in (0, 1)])
+        for a in grid["shrinkages"]
+        for b in grid["variances"]
+    }
+    best = min(losses, key=lambda x: losses[x])
+    assert (found["shrinkage"], found["variance"]) == best
+    assert found["tuning_loss"] == pytest.approx(losses[best], rel=1e-4)
+    wanted = [reference(x, *best) for x in (7, 8)]
+    assert found["loss"] == pytest.approx([x for x, _ in wanted], rel=1e-4)
+    assert found["error"] == pytest.approx([x for _, x in wanted])
+    ends = [best[0] in (1.0, 8.0), best[1] in (0.5, 4.0)]
+    names = zip(("shrinkage", "variance"), ends, strict=True)
+    assert found["edges"] == [name for name, at_end in names if at_end]
 
 
 def test_the_stationary_point() -> None:
@@ -739,13 +1018,169 @@ def test_a_study_runs_to_its_end(
     assert text in capsys.readouterr().out
 
 
+FAIR = """
+baseline = "adamw"
+margin = 0.01
+alpha = 0.05
+workers = 2
+[primary]
+arm = "standardized"
+[tuning]
+trials = 2
+seeds = [0, 1]
+design = 0
+[final]
+first = 500
+seeds = 3
+[sweeps]
+lr = []
+seeds = []
+lam = []
+b3 = []
+[space]
+decades = 2.0
+warm_up = [0.02, 0.3]
+b2 = [0.9, 0.999]
+weight_decay = [1e-4, 1e-1]
+eps = [1e-8, 0.1]
+[arms.adamw]
+rule = "adamw"
+[arms.smoothed]
+rule = "smoothed"
+smoothing = [0.0, 0.2]
+[arms.standardized]
+rule = "standardized"
+[tasks.clusters]
+kind = "softmax"
+fresh = true
+steps = 20
+lr = 0.03
+lanes = 1
+classes = 16
+examples = 128
+features = 8
+batch = 8
+[tasks.spelling]
+kind = "spelling"
+steps = 20
+lr = 0.03
+lanes = 2
+classes = 64
+examples = 256
+hidden = 8
+batch = 8
+label_noise = 0.2
+[checks.class_means]
+shrinkage = [0.0, 1.0, 10.0]
+variance = [0.3, 1.0, 3.0]
+"""
+
+
+def test_a_study_of_fresh_data_runs_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], standard_in_threads: None
+) -> None:
+    (tmp_path / "small.toml").write_text(FAIR)
+    out, compare = tmp_path / "out", importlib.import_module("compare")
+    arguments = ["--study", str(tmp_path / "small.toml"), "--out", str(out)]
+    assert compare.main(arguments) == 0
+    text = (out / "results.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [json.loads(x) for x in lines(out)]
+    assert len({row["key"] for row in rows}) == len(rows) == 2 * 3 * (2 * 2 + 3)
+    finals = {(x["task"], x["arm"], x["seed"]): x for x in rows
+              if x["phase"] == "final"}  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+
+    # The primary comparison comes first, by hand: mean differences, Holm over two.
+    primary = results["primary"]
+    shown = [(x["metric"], x["task"]) for x in primary]
+    tasks = ("clusters", "spelling")
+    assert shown == [(x, y) for x in ("loss", "error") for y in tasks]
+    for metric in ("loss", "error"):
+        mine = [x for x in primary if x["metric"] == metric]
+        tests = []
+        for row in mine:
+            arm, base = (
+                [
+                    finals[row["task"], name, seed][f"validation_{metric}"][-1]
+                    for seed in (500, 501, 502)
+                ]
+                for name in ("standardized", "adamw")
+            )
+            gap = np.mean(arm) - np.mean(base)
+            assert row["difference"] == pytest.approx(gap, abs=1e-9)
+            means = row["arm"], row["baseline"]
+            assert means == pytest.approx((np.mean(arm), np.mean(base)))
+            assert row["margin"] == pytest.approx(0.01 * np.mean(base))
+            same = np.ptp(np.subtract(arm, base)) == 0
+            none = float(gap == 0)
+            tests.append(none if same else stats.ttest_rel(arm, base).pvalue)
+        low = min(1, 2 * min(tests))
+        assert [x["holm_p"] for x in mine] == pytest.approx(
+            [low if x == min(tests) else max(low, max(tests)) for x in tests]
+        )
+    headings = [x for x in text.splitlines() if x.startswith("#")]
+    assert headings[:4] == [
+        "# Results", "## The primary comparison", "## All arms", "## clusters"
+    ]  # fmt: skip
+    assert {"## By class frequency", "## Without training", "## Edges"} <= {*headings}
+
+    # Finals carry the classes' errors into the results, and the table shows them.
+    [base] = [x for x in results["arms"] if (x["task"], x["arm"]) ==
+              ("spelling", "adamw")]  # fmt: skip
+    for name in ("error_rare", "error_frequent", "loss_rare", "loss_frequent"):
+        values = [
+            finals["spelling", "adamw", x][f"validation_{name}"][-1]
+            for x in (500, 501, 502)
+        ]
+        assert base[name] == pytest.approx(np.mean(values))
+    assert f"{base['error_rare']:.2%} |  | {base['error_frequent']:.2%}" in text
+
+    # The class means are there for the same seeds, and are not computed again.
+    means = results["class_means"]
+    assert list(means) == ["clusters", "spelling"]
+    assert all(x["seeds"] == [500, 501, 502] for x in means.values())
+    assert f"{np.mean(means['clusters']['loss']):.4f}" in text
+    stamps = [(out / x).stat().st_mtime_ns for x in ("checks.json", "trials.jsonl")]
+    assert compare.main(arguments) == 0
+    assert stamps == [
+        (out / x).stat().st_mtime_ns for x in ("checks.json", "trials.jsonl")
+    ]
+
+
+def test_a_primary_comparison_that_is_incomplete_says_so() -> None:
+    report, plan = part("report"), part("plan")
+    study = plan.load(STUDIES / "fair.toml")
+    measured = {"n": 20, "difference": -0.1, "sd": 0.1, "interval": (-0.2, 0.0),
+                "bootstrap": (-0.2, 0.0), "p": 0.02, "p_equivalence": 0.9,
+                "detectable": 0.1, "margin": 0.01}  # fmt: skip
+    whole = {"h": {}, "diverged": 0, "n": 20, "final": 1.0, "error": 0.5}
+    ours = {"arm": "standardized", **whole, **measured}
+    rows = [
+        {"task": "a", "arm": "adamw", **whole},
+        {"task": "b", "arm": "adamw", **whole},
+        {"task": "a", **ours, "metrics": {"error": measured}},
+        {"task": "b", **ours, "diverged": 1, "metrics": {}},
+    ]
+    found = report._primary(rows, study)
+    assert [x["verdict"] for x in found] == [
+        "better",
+        "1 of its runs diverged",
+        "better",
+        "1 of its runs diverged",
+    ]
+    # Holm counts the one that says nothing.
+    assert [x["holm_p"] for x in found] == pytest.approx([0.04, 1.0, 0.04, 1.0])
+
+
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
     [
         (
             "--study",
             "none",
-            "--study must be one of characters, confirm, main, quick, search, tiny",
+            "--study must be one of characters, confirm, fair, main, quick, search, "
+            "tiny",
         ),
         ("--text", "no such text", "no such text: No such file or directory"),
         ("--report", "no such folder", "study.toml: No such file or directory"),

@@ -158,7 +158,10 @@ def _end_or_rest(params: Tree) -> Tree:
 
 
 def _cubic_at_scale_1(x: Setting) -> optax.GradientTransformation:
-    """Returns the cubic form, on gradients that begin with a root mean square of 1."""
+    """Returns the cubic form, on gradients that begin with a root mean square of 1.
+
+    Its eps, too, is relative to those.
+    """
     return optax.chain(optax.scale(1 / x.scale), _adam3("cubic")(x))
 
 
@@ -232,6 +235,8 @@ def skewness(v: jax.Array, s: jax.Array, k: Any) -> jax.Array:
 RULES: dict[str, Rule] = {
     "adamw": Rule(ADAM, _adam),
     "nadamw": Rule(ADAM, lambda x: _adam(x, nesterov=True)),
+    # The loss reads the smoothing; see `training.Program.halves`.
+    "smoothed": Rule({**ADAM, "smoothing": 0.1}, _adam),
     "cubic": Rule(ADAM3, _adam3("cubic"), "cubic"),
     "stabilized": Rule(ADAM3, _adam3("stabilized"), "stabilized"),
     "standardized": Rule(ADAM3, _adam3("standardized"), "standardized"),

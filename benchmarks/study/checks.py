@@ -38,7 +38,7 @@ def identity(task: Task, steps: int) -> dict[str, Any]:
 
     @jax.jit
     def step(params: Any, states: Any, key: jax.Array) -> Any:
-        gradient = jax.grad(task.loss)(params, task.batch(key))
+        gradient = jax.grad(task.loss)(params, task.batch(key, data))
         mu, nu = states["adam"].mu, states["adam"].nu
         u, states["adam"] = adam.update(gradient, states["adam"])
         ours = {}
@@ -48,7 +48,7 @@ def identity(task: Task, steps: int) -> dict[str, Any]:
         update, states["rest"] = rest.update(u, states["rest"], params)
         return optax.apply_updates(params, update), states, u, ours, gradient
 
-    params = task.init(jax.random.key(0))
+    params, data = task.init(jax.random.key(0)), task.data(jax.random.key(2))
     states = {x: rule.init(params) for x, rule in forms.items()}
     states |= {"adam": adam.init(params), "rest": rest.init(params)}
     keys = jax.random.split(jax.random.key(1), steps)

@@ -15,9 +15,15 @@ from study import arms, tasks
 from study.arms import RULES, SHARED, Numbers
 from study.record import Record
 
-# One dimension of the design each, in this order. Every arm takes its columns from the
-# same points; so what arms share they share trial by trial.
-DIMENSIONS = (*SHARED, "lam", "b3", "tau", "b1", "eps", "alpha", "beta")
+# A column of the design each, in this order. Every arm takes its columns from the same
+# points; so what arms share they share trial by trial.
+COLUMNS = (*SHARED, "lam", "b3", "tau", "b1", "eps", "alpha", "beta")
+# Another column would change the points of all others. So smoothing takes that of beta,
+# which no rule has beside it.
+DIMENSIONS = (*COLUMNS, "smoothing")
+LINEAR = ("warm_up", "smoothing")  # spread evenly, from 0 on
+DECAYS = ("b1", "b2", "b3", "beta")
+EDGE = 0.1  # the outer share of a range at which a best number is reported
 Table = dict[str, Any]
 POINTS = 20
 OF_PLAN = ("lr", "lanes", "tuned", "tuning_seeds")  # of a task, not of its trials
@@ -58,7 +64,9 @@ class Study(NamedTuple):
         arms: Rules, factors of the learning rate, further ranges.
         tasks: Kinds, steps, centres of the learning rate, lanes, seeds of tuning where
             a task needs more of them, options.
-        checks: identity, stationary, blow_up.
+        checks: identity, stationary, blow_up, class_means.
+        primary: arm, whose comparison with the baseline is the primary one; may be
+            left out.
     """
 
     baseline: str
@@ -72,6 +80,7 @@ class Study(NamedTuple):
     arms: Table
     tasks: Table
     checks: Table
+    primary: Table = {}  # noqa: RUF012  # never written to
 
     def key(self, trial: Trial, corpus: str) -> str:
         """Returns a digest of what defines a trial; no name is in it.
@@ -126,7 +135,7 @@ def load(path: Path) -> Study:
         raise ValueError(f"{path}: {error}") from error
     try:
         fields = set(Study._fields)
-        _same("the study", set(found), fields, fields)
+        _same("the study", set(found), fields, fields - {"primary"})
         for name, kind in (("margin", float), ("alpha", float), ("workers", int)):
             _typed(name, found[name], kind)
             if not found[name] > 0:
@@ -148,7 +157,7 @@ def _check(study: Study) -> None:
         raise ValueError(f"final.seeds must be 2 or more, got {study.final['seeds']}")
     if study.tuning["trials"] < 1 or not study.tuning["seeds"]:
         raise ValueError("tuning needs a trial and a seed")
-    fresh = range(study.final["first"], study.final["first"] + study.final["seeds"])
+    fresh = final_seeds(study)
     used = {*study.tuning["seeds"], *study.sweeps["seeds"]}
     for name, task in study.tasks.items():
         seeds = task.get("tuning_seeds", [0])
@@ -161,6 +170,11 @@ def _check(study: Study) -> None:
         raise ValueError(f"final's seeds must be fresh, but {sorted(used)} are not")
     if study.baseline not in study.arms:
         raise ValueError(f"baseline {study.baseline!r} is none of [arms]")
+    if study.primary:
+        _same("[primary]", set(study.primary), {"arm"}, {"arm"})
+        arm = study.primary["arm"]
+        if arm not in study.arms or arm == study.baseline:
+            raise ValueError(f"primary.arm {arm!r} is no arm beside the baseline")
     for name, value in study.space.items():
         if name not in ("decades", *DIMENSIONS[1:]):
             allowed = ", ".join(DIMENSIONS[1:])
@@ -196,6 +210,15 @@ def _check(study: Study) -> None:
             tasks.check(task["kind"], study.options(name))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        smoothed = any(
+            "smoothing" in RULES[x["rule"]].numbers for x in study.arms.values()
+        )
+        if (
+            smoothed
+            and task.get("tuned", True)
+            and task["kind"] not in tasks.OF_CLASSES
+        ):
+            raise ValueError(f"{where} has no labels that an arm could smooth")
     _check_checks(study)
 
 
@@ -203,6 +226,7 @@ CHECKS: dict[str, dict[str, type]] = {
     "identity": {"task": str, "steps": int},
     "stationary": {"task": str, "seeds": list, "lam": list, "tau": list, "h": dict},
     "blow_up": {"b2": float, "b3": list, "steps": int},
+    "class_means": {"shrinkage": list, "variance": list},
 }
 
 
@@ -215,6 +239,8 @@ def _check_checks(study: Study) -> None:
             _same(f"[checks.{table}]", set(found), set(wanted), set(wanted))
             for name, kind in wanted.items():
                 _typed(f"checks.{table}.{name}", found[name], kind)
+                if found[name] == []:
+                    raise ValueError(f"checks.{table}.{name} is empty")
             if "task" in found and found["task"] not in study.tasks:
                 raise ValueError(
                     f"checks.{table}.task {found['task']!r} is none of [tasks]"
@@ -244,8 +270,8 @@ def _range(where: str, name: str, value: Any) -> None:
         raise ValueError(f"{where} must be finite, got {value}")
     ends = value if isinstance(value, list) and len(value) == 2 else [math.nan] * 2
     low, high = ends
-    positive = low >= 0 if name == "warm_up" else low > 0
-    below = high < 1 if name in ("b1", "b2", "b3", "beta", "warm_up") else True
+    positive = low >= 0 if name in LINEAR else low > 0
+    below = high < 1 if name in (*DECAYS, *LINEAR) else True
     if not (positive and below and low <= high):
         raise ValueError(
             f"{where} must be a number or a range [low, high], got {value!r}"
@@ -258,24 +284,35 @@ def _range(where: str, name: str, value: Any) -> None:
 @functools.cache
 def design(trials: int, seed: int) -> np.ndarray:
     """Returns points of [0, 1), one a trial, with a column for each of `DIMENSIONS`."""
-    sobol = qmc.Sobol(len(DIMENSIONS), scramble=True, rng=seed)
-    return sobol.random_base2(max(0, math.ceil(math.log2(trials))))[:trials]
+    sobol = qmc.Sobol(len(COLUMNS), scramble=True, rng=seed)
+    points = sobol.random_base2(max(0, math.ceil(math.log2(trials))))[:trials]
+    return np.column_stack([points, points[:, COLUMNS.index("beta")]])
 
 
 def spread(name: str, ends: list[float], x: float) -> float:
     """Returns the number at a share of a range.
 
-    A warm-up is spread evenly, a decay b on the logarithm of 1 - b, all else on its
-    logarithm.
+    A warm-up and a smoothing are spread evenly, a decay b on the logarithm of 1 - b,
+    all else on its logarithm.
     """
     low, high = ends
-    if name == "warm_up":
+    if name in LINEAR:
         value = low + (high - low) * x
-    elif name in ("b1", "b2", "b3", "beta"):
+    elif name in DECAYS:
         value = 1 - (1 - low) ** (1 - x) * (1 - high) ** x
     else:
         value = low ** (1 - x) * high**x
     return float(f"{value:.6g}")
+
+
+def position(name: str, ends: list[float], value: float) -> float:
+    """Returns the share of a range at which a number lies: `spread`, the other way."""
+
+    def scale(x: float) -> float:
+        return x if name in LINEAR else math.log(1 - x if name in DECAYS else x)
+
+    low, high, at = (scale(x) for x in (*ends, value))
+    return (at - low) / (high - low)
 
 
 def centre(study: Study, task: str, arm: str) -> float:
@@ -283,8 +320,8 @@ def centre(study: Study, task: str, arm: str) -> float:
     return float(study.tasks[task]["lr"] * study.arms[arm].get("rate", 1.0))
 
 
-def settings(study: Study, task: str, arm: str) -> list[Numbers]:
-    """Returns the settings in which an arm is tried on a task."""
+def ranges_of(study: Study, task: str, arm: str) -> Table:
+    """Returns the range of each number that an arm has, or the number."""
     rule = RULES[study.arms[arm]["rule"]]
     half = 10 ** (study.space["decades"] / 2)
     middle = centre(study, task, arm)
@@ -292,6 +329,12 @@ def settings(study: Study, task: str, arm: str) -> list[Numbers]:
     ranges |= {x: y for x, y in study.space.items() if x in {*SHARED, *rule.numbers}}
     ranges |= {x: y for x, y in study.arms[arm].items() if x not in ("rule", "rate")}
     ranges["lr"] = [middle / half, middle * half]
+    return ranges
+
+
+def settings(study: Study, task: str, arm: str) -> list[Numbers]:
+    """Returns the settings in which an arm is tried on a task."""
+    ranges = ranges_of(study, task, arm)
     points = design(study.tuning["trials"], study.tuning["design"])
     return [
         {
@@ -319,25 +362,32 @@ def tune(study: Study) -> list[Trial]:
     ]
 
 
+def final_seeds(study: Study) -> range:
+    """Returns the seeds of finals, which tuning never sees."""
+    first = study.final["first"]
+    return range(first, first + study.final["seeds"])
+
+
 class Best(NamedTuple):
     """The setting of an arm with the lowest mean validation loss at the end.
 
     Attributes:
         h: The setting; None where every one diverged.
         loss: Its mean over the tuning seeds.
-        position: Of its learning rate in the range, from 0 to 1.
+        positions: Of its tuned numbers in their ranges, from 0 to 1.
         diverged: Settings that diverged, with any seed.
     """
 
     h: Numbers | None
     loss: float | None
-    position: float | None
+    positions: dict[str, float]
     diverged: int
 
     @property
-    def at_edge(self) -> bool:
-        """Whether it is in an outer sixth of the learning rates: too narrow a range."""
-        return self.position is not None and not 1 / 6 <= self.position <= 5 / 6
+    def edges(self) -> list[str]:
+        """The numbers in an outer tenth of their ranges, which may be too narrow."""
+        found = self.positions.items()
+        return [name for name, x in found if not EDGE <= x <= 1 - EDGE]
 
 
 def best(study: Study, record: Record, corpus: str, task: str, arm: str) -> Best:
@@ -358,22 +408,22 @@ def best(study: Study, record: Record, corpus: str, task: str, arm: str) -> Best
         else:
             tried.append((sum(losses) / len(losses), h))
     if not tried:
-        return Best(None, None, None, diverged)
+        return Best(None, None, {}, diverged)
     loss, h = min(tried, key=lambda x: x[0])
-    decades = study.space["decades"]
-    position = 0.5 + math.log10(h["lr"] / centre(study, task, arm)) / decades
-    return Best(h, loss, position, diverged)
+    ranges = ranges_of(study, task, arm)
+    tuned = {x: ranges[x] for x in h if isinstance(ranges[x], list)}
+    positions = {x: position(x, ends, h[x]) for x, ends in tuned.items()}
+    return Best(h, loss, positions, diverged)
 
 
 def final(study: Study, record: Record, corpus: str) -> list[Trial]:
     """Returns the trials of the best settings on seeds that tuning never saw."""
-    first, count = study.final["first"], study.final["seeds"]
     return [
         Trial("final", task, arm, study.arms[arm]["rule"], h, seed)
         for task in study.tuned_tasks()
         for arm in study.arms
         if (h := best(study, record, corpus, task, arm).h) is not None
-        for seed in range(first, first + count)
+        for seed in final_seeds(study)
     ]
 
 

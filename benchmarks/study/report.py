@@ -11,8 +11,10 @@ import numpy as np
 from study import drawing, plan, tasks
 from study.plan import Study, Trial
 from study.record import Record, Row, read_environment
-from study.statistics import compare, holm, steps_to, verdict
+from study.statistics import Comparison, compare, holm, steps_to, verdict
 
+# Of held-out examples, beside the loss, where a task has them.
+METRICS = ("error", "loss_rare", "error_rare", "loss_frequent", "error_frequent")
 IDENTICAL = 1e-6  # a median |b_t|/|m̂| below it is AdamW to rounding
 
 
@@ -62,6 +64,8 @@ def results(study: Study, record: Record, corpus: str) -> dict[str, Any]:
         "alpha": study.alpha,
         "tuning_trials": study.tuning["trials"],
         "arms": rows,
+        "primary_arm": study.primary.get("arm"),
+        "primary": _primary(rows, study),
         "sweeps": {
             phase: _sweep([x for x in sweeps if x["phase"] == phase])
             for phase in ("lr", "lam", "b3")
@@ -86,8 +90,8 @@ def _arm(
         "rule": study.arms[arm]["rule"],
         "h": tuned.h,
         "tuning_loss": tuned.loss,
-        "lr_position": tuned.position,
-        "lr_at_edge": tuned.at_edge,
+        "positions": tuned.positions,
+        "edges": tuned.edges,
         "tuning_diverged": tuned.diverged,
         "diverged": sum(not x["finite"] for x in mine.values()),
     }
@@ -96,8 +100,10 @@ def _arm(
         for name in ("final", "seconds", "state_bytes"):
             row[name] = float(np.mean([x[name] for x in good]))
         row["training"] = float(np.mean([x["training_loss"][-1] for x in good]))
-        if "validation_error" in good[0]:
-            row["error"] = float(np.mean([x["validation_error"][-1] for x in good]))
+        for name in METRICS:
+            values = _last(good, name)
+            if values and None not in values:
+                row[name] = float(np.mean(values))
         for name in ("ratio", "ratio_tail", "clipped", "agreement"):
             values = [y for x in good for y in x.get(name, ()) if y is not None]
             row[name] = float(np.median(values)) if values else None
@@ -119,7 +125,20 @@ def _arm(
     middle = float(np.median(counts))
     row["steps_to_baseline"] = middle if np.isfinite(middle) else None
     row["margin"] = margin
+    row["metrics"] = {}
+    for name in METRICS:
+        ours, theirs = (_last(x, name) for x in zip(*pairs, strict=True))
+        if ours and None not in (*ours, *theirs):
+            margin = study.margin * float(np.mean(theirs))
+            found = compare(ours, theirs, margin)._asdict()
+            row["metrics"][name] = {"margin": margin, **found}
     return row
+
+
+def _last(rows: Iterable[Row], name: str) -> list[float | None]:
+    """Returns a number of held-out examples after the last step; [] without it."""
+    name = f"validation_{name}"
+    return [row[name][-1] for row in rows if name in row]
 
 
 def _adjust(rows: list[Row], study: Study) -> None:
@@ -129,21 +148,60 @@ def _adjust(rows: list[Row], study: Study) -> None:
         for row, p in zip(compared, holm([x[name] for x in compared]), strict=True):
             row[f"holm_{name}"] = p
     for row in rows:
-        if row["h"] is None:
-            row["verdict"] = "every setting diverged"
-        elif row["diverged"]:
-            row["verdict"] = f"{row['diverged']} of its runs diverged"
-        elif row["n"] < study.final["seeds"]:
-            row["verdict"] = f"incomplete: {row['n']} of {study.final['seeds']} seeds"
+        if flaw := _flaw(row, study):
+            row["verdict"] = flaw
         elif row["arm"] == study.baseline:
             row["verdict"] = "baseline"
-        elif "p" not in row:
-            row["verdict"] = "not measured"
         else:
             found = row["holm_p"], row["holm_p_equivalence"]
             row["verdict"] = verdict(row["difference"], *found, study.alpha)
         if row.get("ratio") is not None and row["ratio"] < IDENTICAL:
             row["verdict"] += " (identical to AdamW)"
+
+
+def _flaw(row: Row, study: Study) -> str | None:
+    """Returns why an arm's seeds say nothing of it; None where they do."""
+    if row["h"] is None:
+        return "every setting diverged"
+    if row["diverged"]:
+        return f"{row['diverged']} of its runs diverged"
+    if row["n"] < study.final["seeds"]:
+        return f"incomplete: {row['n']} of {study.final['seeds']} seeds"
+    if row["arm"] != study.baseline and "p" not in row:
+        return "not measured"
+    return None
+
+
+def _primary(rows: list[Row], study: Study) -> list[Row]:
+    """Returns the primary comparison: a row a metric and task, loss first.
+
+    Holm's p-values are over the tasks, for each metric. A task that says nothing
+    counts with a p of 1.
+    """
+    mine = [x for x in rows if x["arm"] == study.primary.get("arm")]
+    bases = {x["task"]: x for x in rows if x["arm"] == study.baseline}
+    found: list[Row] = []
+    for metric, key in (("loss", "final"), ("error", "error")):
+        of_metric = []
+        for row in mine:
+            measured = row if metric == "loss" else row.get("metrics", {}).get(metric)
+            flaw = _flaw(row, study) or ("not measured" if measured is None else None)
+            new: Row = {"task": row["task"], "metric": metric}
+            new |= {"arm": row.get(key), "baseline": bases[row["task"]].get(key)}
+            if flaw is None:
+                new |= {x: measured[x] for x in (*Comparison._fields, "margin")}
+            of_metric.append(new | {"verdict": flaw})
+        for name in ("p", "p_equivalence"):
+            adjusted = holm([x.get(name, 1.0) for x in of_metric])
+            for new, p in zip(of_metric, adjusted, strict=True):
+                new[f"holm_{name}"] = p
+        for new in of_metric:
+            p_values = new["holm_p"], new["holm_p_equivalence"]
+            new["verdict"] = new["verdict"] or verdict(
+                new["difference"], *p_values, study.alpha
+            )
+        found += of_metric
+    return found
 
 
 def _sweep(rows: list[Row]) -> list[Row]:
@@ -238,8 +296,10 @@ HEAD = (
 
 def sections(found: dict[str, Any]) -> list[str]:
     """Returns the tables in Markdown, each under its heading."""
-    parts = [
-        "# Results",
+    parts = ["# Results"]
+    if found["primary"]:
+        parts += _primary_section(found)
+    parts += [
         f"{found['tuning_trials']} settings an arm; validation loss at the last step "
         f"of the best one, on fresh seeds, paired with {found['baseline']}'s. p-values "
         f"are Holm's, over all rows; equivalent: within {found['margin']:.2%} of "
@@ -248,9 +308,27 @@ def sections(found: dict[str, Any]) -> list[str]:
     ]
     for task, rows in itertools.groupby(found["arms"], lambda row: row["task"]):
         parts += [f"## {task}", table(HEAD, [_cells(row) for row in rows])]
-    edges = [f"{x['arm']} on {x['task']}" for x in found["arms"] if x["lr_at_edge"]]
-    text = ", ".join(edges) if edges else "none"
-    parts.append(f"Best learning rate in an outer sixth of its range: {text}.")
+    if by_class := _by_class(found):
+        parts += [
+            "## By class frequency",
+            "Held-out examples of classes with few examples to train on (rare: at most "
+            f"{tasks.RARE}) and of the others; in brackets the 95% t interval, not "
+            "corrected.",
+            table(BY_CLASS, by_class),
+        ]
+    if found.get("class_means"):
+        parts += [
+            "## Without training",
+            "Class means shrunk towards 0, with one variance, both chosen on the seeds "
+            "of tuning; the same data of the final seeds.",
+            table(CLASS_MEANS, _class_means(found)),
+        ]
+    parts += [
+        "## Edges",
+        f"Numbers of the best settings in an outer {plan.EDGE:.0%} of their range, as "
+        "it is drawn (0% and 100% are its ends).",
+        table(("task", "arm", "number", "value", "place in its range"), _edges(found)),
+    ]
     settings = [
         (x["task"], x["arm"], *(_number(x["h"].get(y)) for y in plan.DIMENSIONS))
         for x in found["arms"]
@@ -296,6 +374,122 @@ def sections(found: dict[str, Any]) -> list[str]:
         head = ("form", "b2", "b3", "largest update, learning rates", "at step")
         parts += ["## After one gradient of 1", table(head, cells)]
     return parts
+
+
+BY_CLASS = (
+    "task",
+    "arm",
+    "loss, rare",
+    "loss, frequent",
+    "error, rare",
+    "minus baseline",
+    "error, frequent",
+    "minus baseline",
+)
+CLASS_MEANS = (
+    "task",
+    "shrinkage",
+    "variance",
+    "at an end",
+    "loss",
+    "baseline's loss",
+    "error",
+    "baseline's error",
+    "error, rare",
+    "error, frequent",
+)
+
+
+def _primary_section(found: dict[str, Any]) -> list[str]:
+    """Returns the primary comparison, which was fixed before the runs."""
+    rows = found["primary"]
+    cells = [
+        [
+            row["metric"],
+            row["task"],
+            _number(row["arm"], ".4f"),
+            _number(row["baseline"], ".4f"),
+            _number(row.get("difference"), "+.4f"),
+            "{:+.4f} to {:+.4f}".format(*row["interval"]) if "p" in row else "",
+            _number(row.get("margin"), ".4f"),
+            _number(row.get("detectable"), ".4f"),
+            _number(row["holm_p"], ".2g"),
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+    base, arm = found["baseline"], found["primary_arm"]
+    head = ("metric", "task", arm, base, "difference", "95% t interval", "margin")
+    head += ("detectable (in one test)", "p (Holm)", "verdict")
+    return [
+        "## The primary comparison",
+        f"{arm} minus {base}, fixed before the runs: held-out loss first, error "
+        "second; Holm's p-values over the tasks, for each metric. All else in this "
+        "report is secondary.",
+        table(head, cells),
+        "## All arms",
+    ]
+
+
+def _by_class(found: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows of loss and error by class frequency."""
+
+    def minus(row: Row, name: str) -> str:
+        if name not in row.get("metrics", {}):
+            return ""
+        measured = row["metrics"][name]
+        low, high = measured["interval"]
+        return f"{measured['difference']:+.2%} ({low:+.2%} to {high:+.2%})"
+
+    return [
+        [
+            row["task"],
+            row["arm"],
+            _number(row.get("loss_rare"), ".4f"),
+            _number(row.get("loss_frequent"), ".4f"),
+            _number(row.get("error_rare"), ".2%"),
+            minus(row, "error_rare"),
+            _number(row.get("error_frequent"), ".2%"),
+            minus(row, "error_frequent"),
+        ]
+        for row in found["arms"]
+        if "error_rare" in row or "error_frequent" in row
+    ]
+
+
+def _class_means(found: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows of the rule without training."""
+    bases = {x["task"]: x for x in found["arms"] if x["arm"] == found["baseline"]}
+    cells = []
+    for name, row in found["class_means"].items():
+        means = {
+            x: float(np.mean(row[x])) if None not in row[x] else None
+            for x in ("loss", "error", "error_rare", "error_frequent")
+        }
+        cells.append(
+            [
+                name,
+                _number(row["shrinkage"]),
+                _number(row["variance"]),
+                ", ".join(row["edges"]),
+                _number(means["loss"], ".4f"),
+                _number(bases[name].get("final"), ".4f"),
+                _number(means["error"], ".2%"),
+                _number(bases[name].get("error"), ".2%"),
+                _number(means["error_rare"], ".2%"),
+                _number(means["error_frequent"], ".2%"),
+            ]
+        )
+    return cells
+
+
+def _edges(found: dict[str, Any]) -> list[list[str]]:
+    """Returns a row for each number of a best setting at an edge of its range."""
+    return [
+        [x["task"], x["arm"], y, _number(x["h"][y]), f"{x['positions'][y]:.0%}"]
+        for x in found["arms"]
+        for y in x["edges"]
+    ]
 
 
 def _cells(row: Row) -> list[str]:

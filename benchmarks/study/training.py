@@ -87,13 +87,13 @@ class Program:
         h = {x: jnp.array([h[x] for h, _ in filled], jnp.float32) for x in names}
         keys = jax.vmap(keys_of)(jnp.array([x for _, x in filled], jnp.uint32))
         start, advance = self.compiled(tuple(names))
-        params = fresh(self.task, self.lanes)(keys)
+        params, data = fresh(self.task, self.lanes)(keys)
         began = time.perf_counter()  # without the compilation
         lane, logs = start(params, h, keys), []
         for _ in range(self.points):
             if stop is not None and stop.is_set():
                 raise StoppedError
-            lane, log = advance(lane, h, keys)
+            lane, log = advance(lane, data, h, keys)
             logs.append(jax.tree.map(np.asarray, log))
         seconds = (time.perf_counter() - began) / len(trials)
         gathered = jax.tree.map(lambda *x: np.stack(x, axis=1), *logs)
@@ -112,11 +112,11 @@ class Program:
         keys = jax.eval_shape(
             jax.vmap(keys_of), jax.ShapeDtypeStruct((self.lanes,), jnp.uint32)
         )
-        params = fresh(self.task, self.lanes).out_info
+        params, data = fresh(self.task, self.lanes).out_info
         start = jax.jit(jax.vmap(self.start)).lower(params, h, keys).compile()
         advance = jax.jit(jax.vmap(self.advance), donate_argnums=0)
         lane = jax.eval_shape(jax.vmap(self.start), params, h, keys)
-        return start, advance.lower(lane, h, keys).compile()
+        return start, advance.lower(lane, data, h, keys).compile()
 
     def setting(self, h: Numbers, keys: jax.Array) -> Setting:
         """Returns what the rule may depend on."""
@@ -129,16 +129,17 @@ class Program:
         return Lane(params, state, shadows, jnp.zeros((), jnp.int32))
 
     def advance(
-        self, lane: Lane, h: Numbers, keys: jax.Array
+        self, lane: Lane, data: Tree, h: Numbers, keys: jax.Array
     ) -> tuple[Lane, dict[str, jax.Array]]:
         """Returns the lane after the steps up to its next log point, and the log."""
         setting = self.setting(h, keys)
         optimizer = arms.optimizer(self.rule, setting)
         each = self.steps // self.points
+        smoothing = {x: h[x] for x in ("smoothing",) if x in h}
 
         def step(lane: Lane, _: None) -> tuple[Lane, jax.Array]:
-            batch = self.task.batch(jax.random.fold_in(keys[1], lane.step))
-            losses, gradients = self.halves(lane.params, batch)
+            batch = self.task.batch(jax.random.fold_in(keys[1], lane.step), data)
+            losses, gradients = self.halves(lane.params, batch, smoothing)
             whole = jax.tree.map(lambda g: 0.5 * (g[0] + g[1]), gradients)
             updates, state = optimizer.update(whole, lane.state, lane.params)
             params = optax.apply_updates(lane.params, updates)
@@ -147,18 +148,27 @@ class Program:
             return Lane(params, state, shadows, lane.step + 1), losses.mean()
 
         lane, losses = jax.lax.scan(step, lane, length=each)
-        log = {f"validation_{k}": v for k, v in self.task.validate(lane.params).items()}
+        found = self.task.validate(lane.params, data)
+        log = {f"validation_{k}": v for k, v in found.items()}
         log |= {"training_loss": losses.mean()}
         log |= arms.mechanism(self.rule, lane.state, setting)
         return lane, log | {"agreement": arms.agreement(lane.shadows, _shadow_h(h))}
 
-    def halves(self, params: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
+    def halves(
+        self, params: Tree, batch: Tree, smoothing: Numbers
+    ) -> tuple[jax.Array, Tree]:
         """Returns loss and gradient of either half of a batch; their mean is its own.
 
         So the two estimates of the skewness cost no further gradient.
+
+        Args:
+            params: Parameters.
+            batch: A batch.
+            smoothing: The smoothing of the labels, by its name, where the rule has one.
         """
+        loss = functools.partial(self.task.loss, **smoothing)
         parts = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
-        return jax.vmap(jax.value_and_grad(self.task.loss), (None, 0))(params, parts)
+        return jax.vmap(jax.value_and_grad(loss), (None, 0))(params, parts)
 
     def state_bytes(self, names: tuple[str, ...]) -> int:
         """Returns the bytes of the optimizer's state, of one lane."""
@@ -171,18 +181,25 @@ class Program:
 
 @functools.cache
 def fresh(task: Task, lanes: int) -> Any:
-    """Returns what makes the parameters of lanes: compiled once, for all rules.
+    """Returns what makes parameters and data of lanes: compiled once, for all rules.
 
     Random numbers are most of what there is to compile in a small program.
     """
     seeds = jax.ShapeDtypeStruct((lanes,), jnp.uint32)
     keys = jax.eval_shape(jax.vmap(keys_of), seeds)
-    return jax.jit(jax.vmap(lambda keys: task.init(keys[0]))).lower(keys).compile()
+
+    def make(keys: jax.Array) -> tuple[Tree, Tree]:
+        return task.init(keys[0]), task.data(keys[3])
+
+    return jax.jit(jax.vmap(make)).lower(keys).compile()
 
 
 def keys_of(seed: jax.Array) -> jax.Array:
-    """Returns the keys of parameters, batches and the rule: of the seed alone."""
-    return jax.random.split(jax.random.key(seed), 3)
+    """Returns the keys of parameters, batches, rule and data: of the seed alone."""
+    key = jax.random.key(seed)
+    # The first three are those of records made before there was a fourth.
+    data = jax.random.fold_in(key, 3)
+    return jnp.concatenate([jax.random.split(key, 3), data[None]])
 
 
 def _shadow(h: Numbers) -> optax.GradientTransformation:
