@@ -227,7 +227,7 @@ def _step_leaf(
         new: Callable[[Moments[Stored]], jax.Array],
         old: Moments[Stored],
         bits: jax.Array,
-        then: str,
+        then: str | None,
     ) -> tuple[Stored, jax.Array, Moments[Stored]]:
         """Returns a moment as stored, as loaded from there, and all old moments.
 
@@ -235,9 +235,9 @@ def _step_leaf(
         """
         x, mine = new(old), getattr(old, f.moment)
         kept = f.store(x, mine, bits, lambda: new(_storage.apart(old)))
-        kept, later = f.in_turn(kept, mine, getattr(old, then))
+        kept, later = f.in_turn(kept, mine, getattr(old, then) if then else ())
         loaded = _storage.straight_through(x, load(f, kept))
-        return kept, loaded, old._replace(**{then: later})
+        return kept, loaded, old._replace(**{then: later}) if then else old
 
     # The new moments are computed from the old ones, before rounding. So int8 needs two
     # passes: one finds the largest of each row, and one writes. s comes before m,
@@ -247,7 +247,7 @@ def _step_leaf(
     if form is not None:
         s, s_t, old = keep(formats.s, functools.partial(new_s, form), old, bits.s, "m")
     m, m_t, old = keep(formats.m, new_m, old, bits.m, "v")
-    v, v_t, _ = keep(formats.v, new_v, old, bits.v, "s")
+    v, v_t, _ = keep(formats.v, new_v, old, bits.v, None)
     b_t = 0.0 if form is None else form.term(v_t, s_t, k)
     u_t = _rule.direction(m_t, v_t, b_t, k)
     return u_t.astype(g.dtype), Moments(m, v, s)
