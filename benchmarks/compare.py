@@ -59,7 +59,7 @@ class Runner:
         self.stop = threading.Event()
         self.scales: dict[str, float] = {}
         self.made: dict[str, tasks.Task] = {}
-        self.programs: dict[tuple[str, str], Program] = {}
+        self.programs: dict[tuple[str, str, int], Program] = {}
 
     def task(self, name: str) -> tasks.Task:
         """Returns a task, made once."""
@@ -77,22 +77,27 @@ class Runner:
         found = {self.study.key(x, self.fingerprint): x for x in trials}
         return [x for key, x in found.items() if key not in self.record.rows]
 
-    def program(self, task: str, rule: str) -> Program:
-        """Returns the program of a task and a rule, made once for all phases."""
-        if (task, rule) in self.programs:
-            return self.programs[task, rule]
+    def program(self, task: str, rule: str, phase: str) -> Program:
+        """Returns the program of a task and a rule, made once for all phases.
+
+        Tuning looks at the last loss alone. To find a loss on all that is held out
+        takes as long as many steps.
+        """
+        points = 1 if phase == "tune" else POINTS
+        if (task, rule, points) in self.programs:
+            return self.programs[task, rule, points]
         table, made = self.study.tasks[task], self.task(task)
         if task not in self.scales:
             self.scales[task] = tasks.gradient_scale(made)
-        self.programs[task, rule] = Program(
+        self.programs[task, rule, points] = Program(
             made,
             arms.RULES[rule],
             steps=table["steps"],
-            points=POINTS,
+            points=points,
             lanes=table["lanes"],
             scale=self.scales[task],
         )
-        return self.programs[task, rule]
+        return self.programs[task, rule, points]
 
     def run(self, trials: list[Trial], phase: str, console: Console) -> None:
         """Trains, `workers` programs at a time.
@@ -107,7 +112,7 @@ class Runner:
         if not total:
             return
         # Data are made here, for the threads would make them twice.
-        programs = {pair: self.program(*pair) for pair in by_program}
+        programs = {pair: self.program(*pair, phase) for pair in by_program}
         # All tasks of a rule, then the next rule: tasks differ in what they take,
         # and so the time left is right from early on.
         order = sorted(by_program, key=lambda pair: list(arms.RULES).index(pair[1]))
