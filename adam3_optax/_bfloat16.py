@@ -17,8 +17,8 @@ class BFloat16ParametersState(NamedTuple):
     Attributes:
         inner_state: That of the wrapped optimizer.
         remainder: A tree like the parameters, of int16 or int8. It has their shapes;
-            for a leaf that is not bfloat16 there is one 0. `optax.EmptyState()` if no
-            remainder is kept.
+            for a leaf that is not bfloat16 there is one 0. A tree of None if no
+            remainders are kept.
         count: Steps taken: int32, of shape (). Stays at its maximum.
     """
 
@@ -61,8 +61,10 @@ def bfloat16_parameters(
 
     **Changes from outside.** Parameters may be replaced between steps: by an average, a
     checkpoint, zeros. Then the old remainder is added to the new parameter: half a unit
-    in its last place at most. If that is too much, use `to_bfloat16_parameters`. The
-    remainder of inf or NaN is ignored.
+    in its last place at most. If that is too much, give them to
+    `to_bfloat16_parameters`, in float32. The remainder of inf or NaN is ignored.
+
+    **Derivatives** through a step are those without rounding.
 
     Args:
         inner: Any optimizer of Optax's kind.
@@ -75,8 +77,9 @@ def bfloat16_parameters(
 
     Raises:
         ValueError: Another `remainder`; at init, float16 parameters; at update, no
-            parameters, or one whose dtype or shape does not fit its remainder (without
-            remainders, and for leaves of one element, nothing can tell the dtype).
+            parameters, a state made with another `remainder`, or a parameter whose
+            dtype or shape does not fit its remainder (without remainders, and for
+            leaves of one element, nothing can tell the dtype).
 
     Example:
         A thousand updates of 1e-5, each of which bfloat16 alone would lose.
@@ -107,10 +110,8 @@ def bfloat16_parameters(
 
     def init(params: optax.Params) -> BFloat16ParametersState:
         jax.tree.map_with_path(_check_parameter, params)
-        kept: Any = optax.EmptyState()
-        if remainder:
-            zeros = functools.partial(_zeros, remainder)
-            kept = jax.tree.map(zeros, params, is_leaf=_boxes.is_box)
+        zeros = functools.partial(_zeros, remainder)
+        kept = jax.tree.map(zeros, params, is_leaf=_boxes.is_box)
         masters = jax.tree.map(lambda x: _wide(x) if is_narrow(x) else x, params)
         count = jnp.zeros((), jnp.int32)
         return BFloat16ParametersState(wrapped.init(masters), kept, count)
@@ -137,8 +138,9 @@ def bfloat16_parameters(
             return _boxes.refilled(tree, treedef.unflatten(leaves))
 
         old = [param for _, param in paths]
-        kept = leaves_of(state.remainder) if remainder else [None] * len(old)
+        kept = leaves_of(state.remainder)
         for (path, param), rest in zip(paths, kept, strict=True):
+            _check_setting(path, rest, remainder)
             check_fits(path, param, rest)
         narrow = [i for i, param in enumerate(old) if is_narrow(param)]
         masters, gradients = list(old), leaves_of(updates)
@@ -156,7 +158,7 @@ def bfloat16_parameters(
             if jax.tree.leaves(us[i]):
                 new, key = masters[i] + _wide(us[i]), _rounding.leaf_key(i, purpose=1)
                 us[i], kept[i] = _halves.land(old[i], new, kept[i], count, key)
-        rests = tree_like(state.remainder, kept) if remainder else state.remainder
+        rests = tree_like(state.remainder, kept)
         new_state = BFloat16ParametersState(inner_state, rests, count)
         return tree_like(inner_updates, us), new_state
 
@@ -166,6 +168,17 @@ def bfloat16_parameters(
 def is_narrow(x: jax.typing.ArrayLike) -> bool:
     """Returns whether a parameter is bfloat16, and so has a remainder."""
     return jnp.result_type(x) == jnp.bfloat16
+
+
+def _check_setting(path: tuple[Any, ...], rest: Any, remainder: str | None) -> None:
+    """Raises if a remainder was made with another setting."""
+    made_with = None if rest is None else str(rest.dtype)
+    if made_with != remainder:
+        raise ValueError(
+            f"the state's remainder of params{jax.tree_util.keystr(path)} was made "
+            f"with remainder={made_with!r}, and the optimizer has {remainder!r}. To "
+            "change it, use to_float32_parameters and then to_bfloat16_parameters"
+        )
 
 
 def check_fits(path: tuple[Any, ...], param: jax.Array, rest: Any) -> None:
@@ -191,8 +204,10 @@ def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None
         )
 
 
-def _zeros(remainder: str, item: Any) -> Any:
+def _zeros(remainder: str | None, item: Any) -> Any:
     """Returns a remainder of 0; for a parameter that needs none, a single 0."""
+    if remainder is None:
+        return None
     param = _boxes.opened(item)
     if is_narrow(param):
         return _boxes.refilled(item, jnp.zeros_like(param, dtype=remainder))

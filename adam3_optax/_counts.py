@@ -30,5 +30,7 @@ def as_table(rows: list[list[jax.Array]], *shape: int) -> jax.Array:
 
 def check_countable(name: str, x: Any) -> None:
     """Raises if a leaf has too many elements for a count of 32 bits."""
-    if math.prod(x.shape) >= 2**32:
+    shape = jnp.shape(x)
+    known = all(isinstance(size, int) for size in shape)  # `jax.export` has others
+    if known and math.prod(shape) >= 2**32:
         raise ValueError(f"params{name} has 2³² elements or more: too many to count")

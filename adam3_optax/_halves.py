@@ -2,7 +2,7 @@
 
 Splitting and joining are done on integers, because XLA on a GPU drops a conversion to
 bfloat16 and back. In a pattern of 32 bits the first is the sign. The other 31 grow with
-the absolute value.
+the absolute value. Derivatives are those of arithmetic without rounding.
 """
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from adam3_optax import _rounding
-from adam3_optax._rounding import INFINITY
+from adam3_optax._rounding import INFINITY, straight_through
 
 _SIZE = np.uint32(0x7FFFFFFF)  # all but the sign
 _NAN = np.uint32(0x7FC00000)
@@ -22,12 +22,13 @@ Remainder = jax.Array | None  # int16, int8, or none
 def join(param: jax.Array, rest: Remainder) -> jax.Array:
     """Returns the float32 of which a parameter and its remainder are the halves."""
     pattern = _pattern(param)
-    if rest is None:
-        return _number(pattern)
-    size = pattern & _SIZE
-    # Never below 0: a remainder may be older than its parameter, which may be 0 now.
-    whole = jnp.maximum(size.astype(jnp.int32) + _lower(rest), 0).astype(jnp.uint32)
-    return _number((pattern ^ size) | jnp.where(size < INFINITY, whole, size))
+    if rest is not None:
+        size = pattern & _SIZE
+        # Not below 0: a remainder may be older than its parameter, which may be 0 now.
+        whole = jnp.maximum(size.astype(jnp.int32) + _lower(rest), 0)
+        whole = jnp.where(size < INFINITY, whole.astype(jnp.uint32), size)
+        pattern = (pattern ^ size) | whole
+    return straight_through(param.astype(jnp.float32), _number(pattern))
 
 
 # Jitted, as is `land`, so that an eager update costs one call a leaf.
@@ -37,8 +38,8 @@ def split(
 ) -> tuple[jax.Array, Remainder]:
     """Returns a float32 as a parameter and a remainder, in the dtype of the old one."""
     upper, rest = _parted(master, rest, count, key)
-    param = (upper >> 16).astype(jnp.uint16)
-    return lax.bitcast_convert_type(param, jnp.bfloat16), rest
+    param = lax.bitcast_convert_type((upper >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return straight_through(master.astype(jnp.bfloat16), param), rest
 
 
 @jax.jit
@@ -53,7 +54,8 @@ def land(
     upper, rest = _parted(master, rest, count, key)
     old = _pattern(param)
     # 0 where nothing changes, because inf - inf is NaN.
-    return jnp.where(upper == old, 0.0, _number(upper) - _number(old)), rest
+    u = jnp.where(upper == old, 0.0, _number(upper) - _number(old))
+    return straight_through(master - param.astype(jnp.float32), u), rest
 
 
 def _pattern(x: jax.Array) -> jax.Array:

@@ -11,18 +11,20 @@ from jax import lax
 from adam3_optax import _boxes
 from adam3_optax._counts import as_table, check_countable, counts_of
 from adam3_optax._report import Report, percent
+from adam3_optax._storage import computed_in
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LostUpdates:
-    """Of one leaf, or of all, over the elements whose update is not 0.
+    """Of one leaf, or of all, over the elements that count.
 
-    Scalars of shape () and type float32; NaN where all updates are 0.
+    These are finite parameters whose update is not 0. Scalars of shape () and type
+    float32; NaN where nothing counts.
 
     Attributes:
         lost: Share of updates that round away: the parameter stays what it is.
-        elements: How many updates are not 0.
+        elements: How many updates count.
     """
 
     lost: jax.Array
@@ -105,7 +107,7 @@ def lost_updates_report(
     treedef: Any
     leaves, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
     us = treedef.flatten_up_to(_boxes.opened(updates))
-    names, counts = [], []
+    names, pairs = [], []
     for (path, param), u in zip(leaves, us, strict=True):
         if not jax.tree.leaves(u):
             continue
@@ -122,21 +124,26 @@ def lost_updates_report(
             )
         check_countable(name, param)
         names.append(name or "params")
-        counts.append(_counts(jnp.asarray(param), jnp.asarray(u)))
-    each = as_table(counts, 2)
-    rows = jnp.concatenate([each.sum(0, keepdims=True), each])
-    elements, lost = rows.T
-    found = LostUpdates(lost / elements, elements)
-    return LostUpdatesReport(found, tuple(names))
+        pairs.append((jnp.asarray(param), jnp.asarray(u)))
+    # NaN is a result here, not a fault.
+    with jax.debug_nans(False):
+        return LostUpdatesReport(_shares(pairs), tuple(names))
 
 
 @jax.jit
+def _shares(pairs: list[tuple[jax.Array, jax.Array]]) -> LostUpdates:
+    """Returns the shares, as arrays: of all leaves together, then of each."""
+    each = as_table([_counts(*pair) for pair in pairs], 2)
+    elements, lost = jnp.concatenate([each.sum(0, keepdims=True), each]).T
+    return LostUpdates(lost / elements, elements)
+
+
 def _counts(param: jax.Array, u: jax.Array) -> list[jax.Array]:
-    """Returns how many updates are not 0, and how many of these are lost."""
-    dtype = jnp.promote_types(jnp.promote_types(param.dtype, u.dtype), jnp.float32)
+    """Returns how many updates count, and how many of these are lost."""
+    dtype = computed_in(param, u)
     kind = jnp.finfo(param.dtype)
     old, u = param.astype(dtype), u.astype(dtype)
     # Rounded as the parameter is. XLA on a GPU would drop a conversion and back.
     new = lax.reduce_precision(old + u, kind.nexp, kind.nmant)
-    counted = u != 0
+    counted = (u != 0) & jnp.isfinite(old)
     return counts_of([counted, counted & (new == old)])

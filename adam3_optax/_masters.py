@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax import MaskedNode
 
 from adam3_optax import _boxes, _halves, _rounding
 from adam3_optax._bfloat16 import BFloat16ParametersState, check_fits, is_narrow
 from adam3_optax._states import find
+from adam3_optax._transform import check_not_stacked
+
+F32 = jnp.float32
 
 
 def to_bfloat16_parameters(
@@ -26,16 +28,15 @@ def to_bfloat16_parameters(
             has returned for these parameters, or a later one, into which these
             parameters are swapped.
         mask: Which leaves shall become bfloat16: a tree of bools like the parameters or
-            a prefix of it, or a function that returns such a tree. All by default. It
-            must be given where other optimizers have some of the leaves and no
-            remainders are kept, because then the state does not say which.
+            a prefix of it, or a function that returns such a tree. All by default.
+            Leaves that belong to other optimizers stay float32.
 
     Returns:
         The parameters, and the state, which now holds their remainders.
 
     Raises:
         ValueError: No state of `bfloat16_parameters`; one of parameters of other
-            shapes; a mask that does not fit, or is missing.
+            shapes, or stacked by `jax.vmap`; a mask that does not fit.
 
     Example:
         Matrices become bfloat16, and norms and biases stay float32.
@@ -69,21 +70,21 @@ def to_bfloat16_parameters(
     def convert(one: Any) -> Any:
         if not is_state(one):
             return one
-        rests = _rests(treedef, one, mask is None)
+        check_not_stacked(one)
+        rests = treedef.flatten_up_to(one.remainder)
         for i, (path, box) in enumerate(paths):
-            master, rest = _boxes.opened((box, rests[i]))
-            if jnp.result_type(master) != jnp.float32 or isinstance(rest, MaskedNode):
+            if not _owns(rests[i]) or jnp.result_type(_boxes.opened(box)) != F32:
                 continue
+            master, rest = jnp.asarray(_boxes.opened(box)), _boxes.opened(rests[i])
             _check_shape(path, master, rest)
             if chosen[i]:
-                key = _rounding.leaf_key(i, purpose=1)
-                param, rest = _halves.split(master, rest, one.count, key)
+                # At count 0 the random bits of all leaves would be the same.
+                key = _rounding.leaf_key(i, purpose=2)
+                param, rest = _halves.split(master, rest, one.count + 1, key)
                 narrowed[i] = _boxes.refilled(box, param)
-                rests[i] = _boxes.refilled(box, rest)
+                rests[i] = None if rest is None else _boxes.refilled(box, rest)
             elif rest is not None:  # it may be left from a bfloat16 parameter
                 rests[i] = jnp.zeros((1,) * master.ndim, rest.dtype)
-        if isinstance(one.remainder, optax.EmptyState):
-            return one
         return one._replace(remainder=treedef.unflatten(rests))
 
     state = jax.tree.map(convert, state, is_leaf=is_state)
@@ -121,29 +122,21 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> Any:
     paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
     boxes = [box for _, box in paths]
     for _, one, _ in find(state, BFloat16ParametersState):
-        for i, rest in enumerate(_rests(treedef, one, False)):
-            param, rest = _boxes.opened((boxes[i], rest))
-            if is_narrow(param) and not isinstance(rest, MaskedNode):
+        for i, rest in enumerate(treedef.flatten_up_to(one.remainder)):
+            param = _boxes.opened(boxes[i])
+            if is_narrow(param) and _owns(rest):
+                rest = _boxes.opened(rest)
                 check_fits(paths[i][0], param, rest)
                 boxes[i] = _boxes.refilled(boxes[i], _halves.join(param, rest))
     return treedef.unflatten(boxes)
 
 
-def _rests(treedef: Any, state: BFloat16ParametersState, is_for_all: bool) -> list[Any]:
-    """Returns the remainder of each parameter; None where none are kept."""
-    if not isinstance(state.remainder, optax.EmptyState):
-        return treedef.flatten_up_to(state.remainder)
+def _owns(rest: Any) -> bool:
+    """Returns whether a parameter is this state's: it has a remainder there, or None.
 
-    def is_masked(x: Any) -> bool:
-        return isinstance(x, MaskedNode)
-
-    inner = jax.tree.leaves(state.inner_state, is_leaf=is_masked)
-    if is_for_all and any(map(is_masked, inner)):
-        raise ValueError(
-            "mask must be given: without remainders the state does not say which of "
-            "the parameters are bfloat16_parameters'"
-        )
-    return [None] * treedef.num_leaves
+    A parameter that `optax.masked` or `optax.partition` leaves to others has neither.
+    """
+    return rest is None or bool(jax.tree.leaves(rest))
 
 
 def _chosen(mask: Any, params: optax.Params) -> list[bool]:

@@ -17,7 +17,7 @@ Key = np.ndarray  # two numbers of 32 bits
 def leaf_key(leaf: int, purpose: int = 0) -> Key:
     """Returns the key of a leaf, odd numbers: each rounds with bits of its own.
 
-    Purposes are 0, the moments, and 1, the parameters.
+    Purposes are 0, the moments; 1, the parameters; and 2, their way into bfloat16.
     """
     return np.random.SeedSequence((leaf, purpose)).generate_state(2) | np.uint32(1)
 
@@ -29,8 +29,9 @@ def random_bits(
 
     They have the shape of `like`, and its sharding.
 
-    They depend on the count, the key and the element's index alone. So the state holds
-    no key, a resumed run repeats the straight one, and all shards and replicas agree.
+    They depend on the count (1 or more), the key and the element's index alone. So the
+    state holds no key, a resumed run repeats the straight one, and all shards and
+    replicas agree.
     This is integer arithmetic, which XLA fuses and every backend supports.
     """
     count = jnp.asarray(count).astype(jnp.uint32)
@@ -115,3 +116,15 @@ def to_integer(root: jax.Array, power: int, bits: jax.Array) -> jax.Array:
         rise, span = f * (3 * k * (k + f) + f**2), 3 * k * (k + 1) + 1
     draw = (bits >> 8).astype(jnp.float32)  # float32 holds 24 bits exactly
     return jnp.where(draw * span < rise * 2.0**24, k + 1, k)
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, loaded: jax.Array) -> jax.Array:
+    """Returns `loaded`, which is x but for rounding, with the derivative of x."""
+    del x
+    return loaded
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return straight_through(*primals), tangents[0]

@@ -41,7 +41,8 @@ def state_shardings(
     Raises:
         ValueError: Shardings of another structure than the parameters', that do not fit
             their shapes, or on more than one mesh; no shardings at all.
-        TypeError: A sharding that is no `NamedSharding`.
+        TypeError: A sharding that is no `NamedSharding`; a `memory_kind` that is no
+            string.
 
     Example:
         The state of int8 never lies on one device as a whole, not even at first.
@@ -75,6 +76,8 @@ def state_shardings(
             f"shardings must be a tree like params, or a prefix of it: {error}"
         ) from error
     jax.tree.map_with_path(_check, shapes, shardings)
+    if not isinstance(memory_kind, str | None):
+        raise TypeError(f"memory_kind must be a string or None, got {memory_kind!r}")
     if memory_kind is not None:
         shardings = jax.tree.map(lambda x: x.with_memory_kind(memory_kind), shardings)
     meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
@@ -90,7 +93,7 @@ def state_shardings(
             shapes,
             shardings,
             transform_non_params=lambda _: replicated,
-            is_leaf=_is_masked,
+            is_leaf=_is_empty,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -117,8 +120,8 @@ def _beside(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
     """Returns the sharding of a leaf of the state that belongs to a parameter."""
     # A leaf without a box may belong to a parameter in a box.
     param, sharding = opened((param, sharding))
-    if _is_masked(leaf) or leaf.shape == param.shape:
-        return leaf if _is_masked(leaf) else sharding
+    if _is_empty(leaf) or leaf.shape == param.shape:
+        return leaf if _is_empty(leaf) else sharding
     axes: list[Any] = []
     if len(leaf.shape) == len(param.shape):
         named = (*sharding.spec, *[None] * len(param.shape))
@@ -128,5 +131,6 @@ def _beside(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+def _is_empty(x: Any) -> bool:
+    # None stands for a remainder that `bfloat16_parameters` does not keep.
+    return x is None or isinstance(x, optax.MaskedNode)

@@ -385,18 +385,6 @@ def narrowed(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
-@jax.custom_jvp
-def straight_through(x: jax.Array, loaded: jax.Array) -> jax.Array:
-    """Returns `loaded`, which is x but for rounding, with the derivative of x."""
-    del x
-    return loaded
-
-
-@straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return straight_through(*primals), tangents[0]
-
-
 def _is_small(param: jax.typing.ArrayLike) -> bool:
     """Returns whether int8 leaves a parameter's moments in float32."""
     if not jnp.issubdtype(jnp.result_type(param), jnp.floating) or jnp.ndim(param) < 2:

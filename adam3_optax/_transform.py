@@ -236,7 +236,7 @@ def _step_leaf(
         x, mine = new(old), getattr(old, f.moment)
         kept = f.store(x, mine, bits, lambda: new(_storage.apart(old)))
         kept, later = f.in_turn(kept, mine, getattr(old, then) if then else ())
-        loaded = _storage.straight_through(x, load(f, kept))
+        loaded = _rounding.straight_through(x, load(f, kept))
         return kept, loaded, old._replace(**{then: later}) if then else old
 
     # The new moments are computed from the old ones, before rounding. So int8 needs two

@@ -364,9 +364,9 @@ MUTANTS = [
     Mutant("_transform", "jnp.zeros((), jnp.int32)", "jnp.zeros(())"),
     Mutant("_transform", "@functools.partial(jax.jit, static_argnums=(0, 1))", ""),
     Mutant("_transform", "f.load(stored).astype(dtype)", "f.load(stored)"),
-    Mutant("_transform", "_storage.straight_through(x, load(f, kept))", "x"),
+    Mutant("_transform", "_rounding.straight_through(x, load(f, kept))", "x"),
     Mutant(
-        "_transform", "_storage.straight_through(x, load(f, kept))", "load(f, kept)"
+        "_transform", "_rounding.straight_through(x, load(f, kept))", "load(f, kept)"
     ),
     Mutant("_transform", "g_t = g.astype(dtype)", "g_t = g"),
     Mutant(

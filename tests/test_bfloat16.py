@@ -472,11 +472,7 @@ def test_within_masks_and_partitions(remainder: Any) -> None:
         {"w": "a", "b": "b"},
     )
     state = optimizer.init(params)
-    if remainder is None:  # the state does not say whose "b" is
-        with pytest.raises(ValueError, match="mask must be given"):
-            to_bfloat16_parameters(params, state)
-    mask = None if remainder else {"w": True, "b": False}
-    narrow, state = to_bfloat16_parameters(params, state, mask)
+    narrow, state = to_bfloat16_parameters(params, state)
     assert (narrow["w"].dtype, narrow["b"].dtype) == (BF16, F32)
     assert_same(to_float32_parameters(narrow, state), params)
     g = jax.tree.map(jnp.ones_like, narrow)
@@ -521,6 +517,119 @@ def test_in_and_out_loses_nothing_and_takes_a_mask() -> None:
         to_float32_parameters({**other, "w": other["w"].astype(BF16)}, now)
     with pytest.raises(ValueError, match="no BFloat16ParametersState"):
         to_float32_parameters(masters, adam3w().init(masters))
+
+
+def test_each_state_converts_its_own_leaves() -> None:
+    # Two wrappers with different settings; one of them over an optimizer without state.
+    params = {x: jnp.asarray(rng.normal(size=(4, 16)), F32) for x in "abc"}
+    of_label = {
+        "a": bfloat16_parameters(adam3w(1e-2)),
+        "b": bfloat16_parameters(optax.sgd(1e-2), None),
+        "c": optax.sgd(1e-2),
+    }
+    optimizer = optax.partition(of_label, {x: x for x in "abc"})
+    narrow, state = to_bfloat16_parameters(params, optimizer.init(params))
+    assert [narrow[x].dtype for x in "abc"] == [BF16, BF16, F32]
+    back = to_float32_parameters(narrow, state)
+    assert_same({x: back[x] for x in "ac"}, {x: params[x] for x in "ac"})
+    np.testing.assert_allclose(back["b"], params["b"], rtol=2**-7)
+    assert np.any(back["b"] != params["b"])
+    updates, state = jax.jit(optimizer.update)(narrow, state, narrow)
+    narrow = optax.apply_updates(narrow, updates)
+    assert [narrow[x].dtype for x in "abc"] == [BF16, BF16, F32]
+
+
+@EACH
+@pytest.mark.parametrize("inner", ["muon", "partition"])
+def test_inner_optimizers_may_part_the_leaves(inner: str, remainder: Any) -> None:
+    params = {"w": jnp.ones((16, 16)), "b": jnp.ones(16)}
+    parts = {"w": optax.adam(1e-2), "b": optax.sgd(1e-2)}
+    made = {
+        "muon": optax.contrib.muon(1e-2),
+        "partition": optax.partition(parts, {"w": "w", "b": "b"}),
+    }[inner]
+    optimizer = bfloat16_parameters(made, remainder)
+    narrow, state = to_bfloat16_parameters(params, optimizer.init(params))
+    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(BF16)}
+    updates, _ = jax.jit(optimizer.update)(narrow, state, narrow)
+    after = optax.apply_updates(narrow, updates)
+    assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype(BF16)}
+
+
+@EACH
+def test_masked_leaves_may_be_in_boxes(remainder: Any) -> None:
+    params: Any = {
+        x: nn.Partitioned(jnp.full((2, 16), 0.1), (None, None)) for x in ("w", "b")
+    }
+    mask = jax.tree.map_with_path(lambda path, _: path[0].key == "w", params)
+    optimizer = optax.masked(bfloat16_parameters(adam3w(1e-2), remainder), mask)
+    narrow, state = to_bfloat16_parameters(params, optimizer.init(params))
+    assert (narrow["w"].value.dtype, narrow["b"].value.dtype) == (BF16, F32)
+    back = to_float32_parameters(narrow, state)
+    assert back["w"].value.dtype == F32
+    assert_same(back["b"], params["b"])
+    if remainder == "int16":
+        assert_same(back, params)
+    updates, _ = jax.jit(optimizer.update)(narrow, state, narrow)
+    assert optax.apply_updates(narrow, updates)["w"].value.dtype == BF16
+
+
+@EACH
+def test_derivatives_are_those_without_rounding(remainder: Any) -> None:
+    def after(optimizer: Any, masters: Any) -> Any:
+        params, state = to_bfloat16_parameters(masters, optimizer.init(masters))
+        g = jax.grad(lambda p: (p.astype(F32) ** 2).sum())(params)
+        updates, state = optimizer.update(g, state, params)
+        return (optax.apply_updates(params, updates).astype(F32)).sum()
+
+    masters = jnp.asarray(rng.normal(size=(2, 16)), F32)
+    optimizer = bfloat16_parameters(optax.sgd(0.25), remainder)
+    derivative = jax.grad(partial(after, optimizer))(masters)
+    np.testing.assert_array_equal(derivative, 0.5)  # of p - 0.25 · 2p
+
+
+@EACH
+@pytest.mark.parametrize("other", REMAINDERS)
+def test_a_state_of_another_setting_is_refused(remainder: Any, other: Any) -> None:
+    params = {"w": jnp.ones((2, 2), BF16)}
+    state = bfloat16_parameters(optax.sgd(1.0), remainder).init(params)
+    optimizer = bfloat16_parameters(optax.sgd(1.0), other)
+    if other == remainder:
+        optimizer.update(params, state, params)
+        return
+    with pytest.raises(
+        ValueError, match=rf"params\['w'\] was made with remainder={remainder!r}, and"
+    ):
+        optimizer.update(params, state, params)
+
+
+@EACH
+def test_leaves_of_a_tree_round_with_bits_of_their_own(remainder: Any) -> None:
+    same = jnp.full((64, 16), 1 + 2**-8 + 2**-17, F32)
+    masters = {"a": same, "b": same}
+    optimizer = bfloat16_parameters(optax.sgd(1.0), remainder)
+    params, state = to_bfloat16_parameters(masters, optimizer.init(masters))
+    back = to_float32_parameters(params, state)
+    assert np.array_equal(back["a"], back["b"]) == (remainder == "int16")
+
+
+@EACH
+def test_a_number_of_python_is_a_parameter(remainder: Any) -> None:
+    optimizer = bfloat16_parameters(optax.sgd(1.0), remainder)
+    params, state = to_bfloat16_parameters(
+        {"a": 0.5}, optimizer.init({"a": jnp.float32(0.5)})
+    )
+    assert params["a"].dtype == BF16
+    assert to_float32_parameters(params, state)["a"] == 0.5
+
+
+def test_a_stacked_state_is_named() -> None:
+    optimizer = bfloat16_parameters(optax.sgd(1.0), "int8")
+    params = jnp.ones((3, 2))
+    state = jax.vmap(optimizer.init)(params)
+    jax.vmap(to_bfloat16_parameters)(params, state)
+    with pytest.raises(ValueError, match=r"several optimizers, as made by jax\.vmap"):
+        to_bfloat16_parameters(params, state)
 
 
 def test_errors_name_what_was_wrong() -> None:
@@ -717,6 +826,59 @@ def test_schedule_free_outside_cannot() -> None:
     optimizer = optax.contrib.schedule_free(bfloat16_parameters(INNER), 1e-2)
     wide = wide_runs(optax.contrib.schedule_free(INNER, 1e-2))
     assert not np.allclose(runs(optimizer), wide, rtol=1e-4)
+
+
+def test_lookahead_cannot() -> None:
+    # Documented: inside there is an error, and outside it changes the updates.
+    start = optax.LookaheadParams.init_synced(
+        jax.tree.map(lambda x: x.astype(BF16), MASTERS)
+    )
+    g = {"w": jnp.asarray(rng_w, BF16)}
+    inside = bfloat16_parameters(optax.lookahead(INNER, 2, 0.5))
+    with pytest.raises(ValueError, match="Expected named tuple"):
+        inside.update(g, inside.init(start), start)
+
+    def slow_after(optimizer: Any, params: Any) -> Any:
+        state = optimizer.init(params)
+        for _ in range(4):
+            updates, state = optimizer.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return np.asarray(params.slow["w"], np.float32)
+
+    outside = slow_after(optax.lookahead(bfloat16_parameters(INNER), 2, 0.5), start)
+    wide = jax.tree.map(lambda x: x.astype(F32), start)
+    want = slow_after(optax.lookahead(INNER, 2, 0.5), wide)
+    assert not np.array_equal(outside, want.astype(BF16).astype(np.float32))
+
+
+def test_freezing_belongs_before_the_wrapper() -> None:
+    # Documented: after it, parameters stay, but remainders move.
+    freeze = optax.transforms.freeze(True)
+    for optimizer, moves in (
+        (optax.chain(bfloat16_parameters(INNER), freeze), True),
+        (bfloat16_parameters(optax.chain(INNER, freeze)), False),
+    ):
+        params, state = to_bfloat16_parameters(MASTERS, optimizer.init(MASTERS))
+        updates, state = optimizer.update(params, state, params)
+        after = optax.apply_updates(params, updates)
+        assert_same(after, params)
+        moved = to_float32_parameters(after, state)["w"] != MASTERS["w"]
+        assert bool(moved.any()) == moves
+
+
+def test_map_params_takes_none_for_a_leaf() -> None:
+    optimizer = bfloat16_parameters(INNER, None)
+    state = optimizer.init(MASTERS)
+    names = {"w": "of w"}
+    found = optax.tree.map_params(
+        optimizer,
+        lambda x, name: None if x is None else name,
+        state,
+        names,
+        is_leaf=lambda x: x is None,
+    )
+    assert found.remainder == {"w": None}
+    assert found.inner_state[0].mu == names
 
 
 def test_strict_promotion_cannot() -> None:

@@ -142,3 +142,35 @@ def test_bad_input_is_named() -> None:
     big = jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16)
     with pytest.raises(ValueError, match="elements or more"):
         jax.eval_shape(lost_updates_report, {"w": big}, {"w": big})
+
+
+def test_parameters_that_are_infinite_do_not_count() -> None:
+    params = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 1.0], jnp.bfloat16)
+    found = lost_updates_report(params, jnp.full(4, 1.0)).overall
+    assert (float(found.elements), float(found.lost)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_it_runs_under_the_flags_for_debugging(strict: bool) -> None:
+    params = {"w": jnp.ones(8, jnp.bfloat16), "zero": jnp.ones(8), "scalar": 1.0}
+    updates = {"w": jnp.full(8, 1e-3), "zero": jnp.zeros(8), "scalar": 1e-9}
+    with (
+        jax.debug_nans(True),
+        jax.numpy_dtype_promotion("strict" if strict else "standard"),
+    ):
+        found = lost_updates_report(params, updates)
+        assert found.verdict().startswith("100% of the updates are lost")
+        assert np.isnan(found.on_host().leaves["['zero']"].lost)
+        assert "nan" in found.table()
+
+
+def test_it_is_exported_with_sizes_that_are_not_known_yet() -> None:
+    [n] = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((n, 3), jnp.bfloat16)
+
+    def lost(params: Any, updates: Any) -> jax.Array:
+        return lost_updates_report(params, updates).overall.lost
+
+    exported = jax.export.export(jax.jit(lost))(shape, shape)
+    params = jnp.ones((4, 3), jnp.bfloat16)
+    assert float(exported.call(params, params * 1e-3)) == 1.0

@@ -569,6 +569,8 @@ def test_state_shardings_refuses() -> None:
     ):
         with pytest.raises(kind, match=message):
             state_shardings(optimizer, PARAMS, shardings)
+    with pytest.raises(TypeError, match="memory_kind must be a string or None, got 5"):
+        state_shardings(optimizer, PARAMS, where, memory_kind=5)  # type: ignore[arg-type]
     odd = {"w": jnp.ones(6)}
     with pytest.raises(ValueError, match=r"shardings\['w'\] does not fit params"):
         state_shardings(optimizer, odd, on(mesh, P("data")))
