@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -352,11 +352,7 @@ def settle(
     )
     sizes = QUICK if options.quick else Sizes()
     options.sizes = sizes._replace(parameters=options.parameters or sizes.parameters)
-    known = [*optimizers(), *flattened(), *others]
-    if not any(options.only in name for name in known):
-        parser.error(
-            f"--only {options.only!r} is in no name; names are {'; '.join(known)}"
-        )
+    check_only(parser, options.only, [*optimizers(), *flattened(), *others])
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "results.jsonl").open("a").close()  # fails here, not after hours
@@ -365,6 +361,12 @@ def settle(
         parser.error(f"--out {options.out}: {error.strerror}")
     except ValueError as error:
         parser.error(f"--out: {error}")
+
+
+def check_only(parser: Parser, only: str, known: Iterable[str]) -> None:
+    """Ends the program if no optimizer has such a name."""
+    if not any(only in name for name in known):
+        parser.error(f"--only {only!r} is in no name; names are {'; '.join(known)}")
 
 
 def chosen(options: argparse.Namespace, every: dict[str, Any]) -> dict[str, Any]:

@@ -112,12 +112,10 @@ def compiled(optimizer: Any, params: Any, shardings: Any) -> tuple[Any, int]:
     written.
     """
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, gradients: Any) -> Any:
-        if hasattr(optimizer, "step"):  # flashoptim's interface
-            return optimizer.step(params, state, gradients)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+    if hasattr(optimizer, "step"):  # flashoptim's interface
+        step = jax.jit(optimizer.step, donate_argnums=(0, 1))
+    else:
+        step = common.donated_step(optimizer)
 
     def placed(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(
@@ -231,9 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     if not present:
         say("Nothing is counted: neither libtpu nor jax-cuda13-plugin is installed.")
         return 0
-    known = {name for device in present for name in optimizers(device)} | {*wrapped()}
-    if not any(options.only in name for name in known):
-        parser.error(f"--only {options.only!r} is in no name: {'; '.join(known)}")
+    known = [name for device in present for name in optimizers(device)]
+    common.check_only(parser, options.only, dict.fromkeys([*known, *wrapped()]))
     options.devices = options.devices or [x for x in (MESH, "h100") if x in present]
     if unknown := set(options.devices) - set(present):
         parser.error(f"no compiler for {', '.join(unknown)}; for {', '.join(present)}")

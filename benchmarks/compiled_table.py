@@ -165,15 +165,16 @@ def draw(rows: Rows, path: Path) -> None:
             y = i + shift
             panel.barh(y, min(row["hbm"], largest), 0.36, color=colour, label=label)
             if row["hbm"] > largest:
-                text = f"{row['hbm']:.0f} "
-                panel.text(largest, y, text, ha="right", va="center", size="small")
+                text = f"goes on to {row['hbm']:.0f} "
+                style = {"ha": "right", "va": "center", "size": "small", "color": "w"}
+                panel.text(largest, y, text, **style)
             least = "least possible" if label and device == "v5e" else None
             panel.plot(
                 [row["floor"]] * 2, [y - 0.19, y + 0.19], "k-", lw=2, label=least
             )
     panel.axvline(28, c="0.6", lw=1, zorder=0)
     panel.set_yticks(range(len(names)), names)
-    panel.invert_yaxis()
+    panel.set_ylim(len(names) - 0.5, -0.5)
     panel.set_xlim(0, largest)
     panel.set_xlabel("bytes a parameter and step (grey line: optax.adam)")
     panel.spines[["top", "right"]].set_visible(False)
