@@ -296,7 +296,7 @@ VERDICTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "cubic": (
         1e-7 * ONES,
         {},
-        "changes nothing: median ratio 1e-09, .999 quantile 1e-09; rescale the loss",
+        "changes nothing: median ratio 1e-09, 0.999 quantile 1e-09; rescale the loss",
     ),
     "half": (
         [1e-7] * 3 + [0.5] * 2,
