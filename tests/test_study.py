@@ -23,8 +23,8 @@ import adam3_optax
 from tests.settings import EACH_FORM, FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "benchmarks"
-STUDIES = FOLDER / "studies"
+FOLDER = ROOT / "studies"
+STUDIES = FOLDER / "configurations"
 stats: Any = importlib.import_module("scipy.stats")  # it has no types
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 SHARED = {"lr": 1e-2, "warm_up": 0.1, "b2": 0.99, "weight_decay": 0.01}
@@ -654,7 +654,7 @@ def test_other_controls(gradients: list[Any]) -> None:
 def corpus() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        return part("tasks").char_lm.load(None)
+        return part("texts").load(None)
 
 
 @pytest.mark.slow
@@ -770,7 +770,7 @@ def test_spelling_counts_the_ngrams_of_words_of_its_part() -> None:
     text = " ".join(words * 40 + words[:10] * 120)
     letters = sorted(set(text))
     tokens = np.array([letters.index(x) for x in text], np.int32)
-    corpus = tasks.char_lm.Corpus(letters, tokens, np.zeros((1, 65), np.int32))
+    corpus = part("texts").Corpus(letters, tokens, np.zeros((1, 65), np.int32))
     task = tasks.spelling(corpus, classes=60, examples=512, features=128)
     data = task.data(jax.random.key(0))
     order = {x: i for i, x in enumerate(dict.fromkeys(words))}  # ties: first seen
@@ -961,7 +961,7 @@ def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
     assert {row["seed"] for row in rows if row["phase"] == "final"} == {100, 101}
     runs = json.loads((tmp_path / "environment.json").read_text())
     assert len(runs) == 3
-    assert runs[0]["command"].startswith("python benchmarks/compare.py --out")
+    assert runs[0]["command"].startswith("python studies/compare.py --out")
     assert {"jax", "optax", "device", "cores", "commit", "corpus"} <= runs[0].keys()
 
     # The whole again: nothing is run, and the report is the same.
