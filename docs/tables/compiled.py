@@ -1,20 +1,12 @@
-"""The tables and the figure of the documentation, from a record of compiled.py.
+"""The tables of docs/speed.md and low_precision.md, from a record of compiled.py."""
 
-python benchmarks/compiled_table.py benchmarks/records/2026-11-25_compiled
-"""
-
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from benchmarks import common
+from benchmarks.compiled_record import DEVICES, Row, Rows, arms, read
+from studies.study.markdown import table
 
-sys.path.insert(0, str(Path(__file__).parent))
-import common
-from study import report
-
-DEVICES = {"v5e": "TPU v5e", "h100": "H100"}
 TREES = {
     "one": "one matrix of 16,384²",
     "gpt2": "GPT-2 small, 148 leaves",
@@ -24,29 +16,6 @@ MESH_ARMS = (
     common.BASELINE,
     *(f"adam3 cubic, {name}" for name in common.SETTINGS),
 )
-
-Row = dict[str, Any]
-Rows = dict[tuple[str, ...], Row]
-
-
-def read(folder: Path) -> Rows:
-    """Returns the last row of each cell: by device, types, tree and optimizer.
-
-    On a mesh also by the kind of axes and by what is split.
-    """
-    rows = common.read(folder / "results.jsonl")
-    keys = ("device", "dtype", "tree", "arm", "axes", "split")
-    return {
-        tuple(row[key] for key in keys if key in row): row
-        for row in rows
-        if row["measure"] == "compiled"
-    }
-
-
-def arms(rows: Rows) -> list[str]:
-    """Returns the optimizers in the order of the record, without wrapped ones."""
-    names = dict.fromkeys(key[3] for key in rows if len(key) == 4)
-    return [name for name in names if " remainder over " not in name]
 
 
 def shown(row: Row | None, field: str, digits: int = 1) -> str:
@@ -72,7 +41,7 @@ def one_matrix(rows: Rows) -> str:
                 floor = shown(row, "floor")
         ends = "; ".join(sorted(ratios)), "; ".join(sorted(temporary))
         lines.append([arm, *cells, floor, *ends])
-    return report.table(head, lines)
+    return table(head, lines)
 
 
 def trees(rows: Rows) -> str:
@@ -104,7 +73,7 @@ def trees(rows: Rows) -> str:
                             shown(row, "compile_ratio"),
                         ]
                     )
-    return report.table(head, lines)
+    return table(head, lines)
 
 
 def wrapped(rows: Rows) -> str:
@@ -121,7 +90,7 @@ def wrapped(rows: Rows) -> str:
         line = [remainder, inner, shown(row, "hbm"), shown(other, "hbm")]
         line += [shown(row, "floor"), "; ".join(sorted(temporary))]
         lines.append([*line, shown(row, "peak", 2)])
-    return report.table(head, lines)
+    return table(head, lines)
 
 
 def meshes(rows: Rows) -> str:
@@ -139,7 +108,7 @@ def meshes(rows: Rows) -> str:
             }
             cells.append(" or ".join(sorted(found)))
         lines.append([arm, *cells])
-    return report.table(head, lines)
+    return table(head, lines)
 
 
 def sent(row: Row) -> str:
@@ -148,50 +117,7 @@ def sent(row: Row) -> str:
     return ", ".join(f"{name} of {n / 1024:.0f} KiB" for name, n in found) or "nothing"
 
 
-def draw(rows: Rows, path: Path) -> None:
-    """Draws the bytes of a step on one matrix, beside the least possible."""
-    names = arms(rows)
-    figure = Figure(figsize=(8, 1 + 0.34 * len(names)), dpi=120, layout="constrained")
-    panel = figure.subplots()
-    largest = 60
-    for shift, (device, title), colour in zip(
-        (-0.19, 0.19), DEVICES.items(), ("C0", "C1"), strict=True
-    ):
-        for i, arm in enumerate(names):
-            row = rows.get((device, "float32", "one", arm))
-            if row is None or "hbm" not in row:
-                continue
-            label = title if arm == common.BASELINE else None
-            y = i + shift
-            panel.barh(y, min(row["hbm"], largest), 0.36, color=colour, label=label)
-            if row["hbm"] > largest:
-                text = f"goes on to {row['hbm']:.0f} "
-                style = {"ha": "right", "va": "center", "size": "small", "color": "w"}
-                panel.text(largest, y, text, **style)
-            least = "least possible" if label and device == "v5e" else None
-            panel.plot(
-                [row["floor"]] * 2, [y - 0.19, y + 0.19], "k-", lw=2, label=least
-            )
-    panel.axvline(28, c="0.6", lw=1, zorder=0)
-    panel.set_yticks(range(len(names)), names)
-    panel.set_ylim(len(names) - 0.5, -0.5)
-    panel.set_xlim(0, largest)
-    panel.set_xlabel("bytes a parameter and step (grey line: optax.adam)")
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path)
-
-
-def main() -> None:
-    """Prints the tables of a record, and draws its figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where results.jsonl is")
-    folder = parser.parse_args().folder
+def tables(folder: Path) -> list[str]:
+    """Returns the tables in Markdown."""
     rows = read(folder)
-    tables = one_matrix(rows), trees(rows), meshes(rows), wrapped(rows)
-    print("\n\n".join(tables))
-    draw(rows, folder / "bytes.png")
-
-
-if __name__ == "__main__":
-    main()
+    return [one_matrix(rows), trees(rows), meshes(rows), wrapped(rows)]

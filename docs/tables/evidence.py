@@ -1,16 +1,13 @@
-"""The table of docs/evidence.md, from the record of a study.
-
-    python benchmarks/evidence_table.py benchmarks/records/2026-11-23_main
+"""The table of a study in docs/evidence.md.
 
 Differences are in per cent of the baseline's mean loss.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from study import report
+from studies.study.markdown import table
 
 
 def cell(row: dict[str, Any], base: float) -> str:
@@ -26,7 +23,7 @@ def cell(row: dict[str, Any], base: float) -> str:
     return f"**{text}**" if strong else text
 
 
-def table(folder: Path) -> str:
+def tables(folder: Path) -> list[str]:
     """Returns the table in Markdown: a row an arm, a column a task."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rows = {(x["arm"], x["task"]): x for x in found["arms"]}
@@ -34,15 +31,4 @@ def table(folder: Path) -> str:
     tasks = list(dict.fromkeys(task for _, task in rows))
     losses = {task: rows[found["baseline"], task]["final"] for task in tasks}
     cells = [[arm, *(cell(rows[arm, x], losses[x]) for x in tasks)] for arm in arms]
-    return report.table(["minus AdamW's loss, %", *tasks], cells)
-
-
-def main() -> None:
-    """Prints the table of a record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where results.json is")
-    print(table(parser.parse_args().folder))
-
-
-if __name__ == "__main__":
-    main()
+    return [table(["minus AdamW's loss, %", *tasks], cells)]

@@ -3,19 +3,27 @@
 Each setting is compared with float32 in the same form, seed by seed: the same
 initialisation and the same batches. "Equivalent" means that two one-sided t-tests put
 the mean difference within the margin, with Holm's correction over all rows.
-
-    python benchmarks/low_precision_table.py benchmarks/records/2026-11-23_low_precision
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
-from study.statistics import equivalence, holm
 
+from studies.study.markdown import table
+from studies.study.statistics import equivalence, holm
+
+HEAD = (
+    "form, state",
+    "B a parameter",
+    "n",
+    "validation loss",
+    "minus float32 (95%)",
+    "p, equivalent",
+    "largest update, lr",
+)
 MARGIN = 0.005  # nats a character
 BASELINE = "float32"
 REMAINDERS = (None, "int8", "int16")
@@ -45,7 +53,7 @@ def differences(runs: dict[int, Any], baseline: dict[int, Any]) -> np.ndarray:
     return np.array([runs[s]["validation"] - baseline[s]["validation"] for s in seeds])
 
 
-def table(folder: Path) -> str:
+def tables(folder: Path) -> list[str]:
     """Returns the table in Markdown."""
     arms = by_arm(folder / "runs.jsonl")
     compared = []
@@ -55,11 +63,7 @@ def table(folder: Path) -> str:
             compared.append((arm, differences(runs, arms[f"{form}, {BASELINE}"])))
     corrected = holm([equivalence(d, MARGIN) for _, d in compared])
     verdicts = {arm: (d, p) for (arm, d), p in zip(compared, corrected, strict=True)}
-    lines = [
-        "| form, state | B a parameter | n | validation loss | minus float32 (95%) "
-        "| p, equivalent | largest update, lr |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for arm, runs in arms.items():
         losses = [run["validation"] for run in runs.values()]
         first = next(iter(runs.values()))
@@ -70,20 +74,7 @@ def table(folder: Path) -> str:
             low, high = stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d))
             shift = f"{d.mean():+.4f} ({low:+.4f} to {high:+.4f})"
             equal = f"{p:.0e}"
-        lines.append(
-            f"| {arm} | {first['state_bytes'] / first['parameters']:.2f} "
-            f"| {len(runs)} | {np.mean(losses):.4f} | {shift} | {equal} "
-            f"| {largest:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Prints the table of a record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where runs.jsonl is")
-    print(table(parser.parse_args().folder))
-
-
-if __name__ == "__main__":
-    main()
+        size = first["state_bytes"] / first["parameters"]
+        cells = [arm, f"{size:.2f}", str(len(runs)), f"{np.mean(losses):.4f}"]
+        rows.append([*cells, shift, equal, f"{largest:.2f}"])
+    return [table(HEAD, rows)]

@@ -1,14 +1,10 @@
-"""The table of docs/speed.md, from a record of step_time.py.
+"""The table of docs/speed.md, from a record of step_time.py."""
 
-python benchmarks/speed_table.py benchmarks/records/2026-11-23_speed
-"""
-
-import argparse
 import json
 from pathlib import Path
 
-import common
-from study import report
+from benchmarks import common
+from studies.study.markdown import table
 
 ARMS = (
     "optax.adamw",
@@ -22,7 +18,7 @@ ARMS = (
 )
 
 
-def table(folder: Path) -> str:
+def tables(folder: Path) -> list[str]:
     """Returns the median ratios to Adam with float32 parameters, in Markdown."""
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     found, labels = {}, {}
@@ -36,15 +32,4 @@ def table(folder: Path) -> str:
     for arm in ARMS:
         ratios = [found.get((tree, arm)) for tree in labels]
         rows.append([arm, *("" if x is None else f"{x:.2f}" for x in ratios)])
-    return report.table(head, rows)
-
-
-def main() -> None:
-    """Prints the table of a record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where results.jsonl is")
-    print(table(parser.parse_args().folder))
-
-
-if __name__ == "__main__":
-    main()
+    return [table(head, rows)]
