@@ -144,8 +144,9 @@ def test_tables_are_those_of_the_record(
 
 
 def test_a_table_takes_the_place_of_its_older_version() -> None:
-    page = "Text.\n\n| a | b |\n| --- | --- |\n| x | 1 |\n\n| a | b |\n| --- | --- |\n| y | 2 |\n"
-    new = "| a | b |\n| --- | --- |\n| y | 3 |"
+    head = "| a | b |\n| --- | --- |\n"
+    page = f"Text.\n\n{head}| x | 1 |\n\n{head}| y | 2 |\n"
+    new = f"{head}| y | 3 |"
     assert tables_of.replaced(page, new) == page.replace("| y | 2 |", "| y | 3 |")
     assert tables_of.replaced(page, new.replace("| y", "| z")) == page
 

@@ -28,7 +28,8 @@ def maker_of(folder: Path) -> Maker | None:
     lines = folder / "results.jsonl"
     if not lines.exists():
         return None
-    return compiled.tables if '"compiled"' in lines.read_text() else speed.tables
+    of_compilers = '"measure": "compiled"' in lines.read_text(encoding="utf-8")
+    return compiled.tables if of_compilers else speed.tables
 
 
 def replaced(page: str, table: str) -> str:

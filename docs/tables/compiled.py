@@ -1,7 +1,6 @@
 """The tables of docs/speed.md and low_precision.md, from a record of compiled.py."""
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks import common
 from benchmarks.compiled_record import DEVICES, Row, Rows, arms, read

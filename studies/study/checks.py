@@ -30,8 +30,7 @@ def identity(task: Task, steps: int) -> dict[str, Any]:
     """
     adam = optax.scale_by_adam(*DECAYS)
     forms: dict[str, Any] = {
-        form: scale_by_adam3(*DECAYS, lam=0.0, third_moment=form)
-        for form in FORMS
+        form: scale_by_adam3(*DECAYS, lam=0.0, third_moment=form) for form in FORMS
     }
     rest = optax.chain(
         optax.add_decayed_weights(1e-2), optax.scale_by_learning_rate(RATE)

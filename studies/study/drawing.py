@@ -6,19 +6,40 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from study import axes
 from study.record import Record
 
 Found = dict[str, Any]
 Panel = Axes
-COLOURS = mpl.color_sequences["tab10"]
+# Colour and marker of each arm, the same in every record.
+ARMS = {
+    "adamw": ("black", "o"),
+    "nadamw": ("C0", "s"),
+    "cubic": ("C1", "^"),
+    "stabilized": ("C2", "v"),
+    "standardized": ("C3", "D"),
+    "negative": ("C4", "<"),
+    "random_sign": ("C5", ">"),
+    "adabelief": ("C6", "p"),
+    "ademamix": ("C7", "h"),
+    "lion": ("C8", "P"),
+    "muon": ("C9", "X"),
+    "smoothed": ("navy", "H"),
+    "magnitude": ("teal", "d"),
+    "agreeing": ("yellowgreen", "8"),
+    "fading": ("mediumorchid", "*"),
+    "short_b3": ("sandybrown", "1"),
+    "ends": ("slateblue", "2"),
+    "cubic_at_scale_1": ("goldenrod", "3"),
+}
+UNKNOWN = ("0.5", "x")
 WIDTH = 3.2  # inches, of a panel
 ACROSS = 4  # panels beside each other
-PERCENT = [1, 2, 5, 10, 20, 50, 100, 200, 500]
+LINEAR_LAM = 1e-3
 
 
 def draw(found: Found, record: Record, folder: Path) -> list[Path]:
@@ -57,28 +78,25 @@ def _panels(names: list[str], height: float) -> tuple[Figure, Iterator[Any]]:
     return figure, iter(panels[: len(names)])
 
 
-def _in_per_cent(axis: Any) -> None:
-    """Labels an axis that is linear about 0 and logarithmic beyond."""
-    low, high = axis.get_view_interval()
-    wide = max(-low, high) > 10
-    sizes = PERCENT[1::2] if wide else PERCENT
-    low = max(low, -100)  # no loss can fall by more
-    ticks = [x for x in (*(-y for y in sizes), 0, *sizes) if low <= x <= high]
-    axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
-    axis.set_ticks([], minor=True)
-
-
 def _tasks(found: Found) -> list[str]:
     """Returns the tasks, in their order."""
     return list(dict.fromkeys(x["task"] for x in found["arms"]))
 
 
-def _colours(found: Found) -> dict[str, Any]:
-    """Returns a colour for each arm: black for the baseline."""
+def _arms(found: Found) -> list[str]:
+    """Returns the arms, the baseline first."""
     arms = dict.fromkeys(x["arm"] for x in found["arms"])
-    others = [x for x in arms if x != found["baseline"]]
-    colours = dict(zip(others, itertools.cycle(COLOURS), strict=False))
-    return {found["baseline"]: "black"} | colours
+    return [found["baseline"], *(x for x in arms if x != found["baseline"])]
+
+
+def _style(arm: str, place: int) -> dict[str, Any]:
+    """Returns how an arm's line is drawn, the place-th of a panel.
+
+    Markers are hollow, and later lines are thinner, so that those below are seen.
+    """
+    colour, marker = ARMS.get(arm, UNKNOWN)
+    width = max(0.8, 3.2 - 0.4 * place)
+    return {"c": colour, "marker": marker, "mfc": "none", "ms": 5, "lw": width}
 
 
 def _below(figure: Figure, panel: Panel) -> None:
@@ -98,8 +116,7 @@ def _below(figure: Figure, panel: Panel) -> None:
 
 def _finals(found: Found) -> Figure:
     """Draws each arm's difference to the baseline, in per cent of the latter's loss."""
-    tasks, colours = _tasks(found), _colours(found)
-    arms = [x for x in colours if x != found["baseline"]]
+    tasks, arms = _tasks(found), _arms(found)[1:]
     figure, panels = _panels(tasks, 0.9 + 0.28 * len(arms))
     for task, panel in zip(tasks, panels, strict=True):
         rows = {x["arm"]: x for x in found["arms"] if x["task"] == task}
@@ -110,16 +127,15 @@ def _finals(found: Found) -> Figure:
             if "interval" not in rows[arm]:
                 panel.text(0, place, "not measured", va="center", size="small")
                 continue
+            colour, _ = ARMS.get(arm, UNKNOWN)
             low, high = (percent * x for x in rows[arm]["interval"])
-            panel.plot([low, high], [place, place], c=colours[arm], lw=2)
+            panel.plot([low, high], [place, place], c=colour, lw=2)
             middle = percent * rows[arm]["difference"]
-            panel.plot([middle], [place], "o", c=colours[arm], ms=5)
-        panel.set_yticks(range(len(arms)), list(reversed(arms)))
-        # One bad arm would hide what the others are.
-        panel.set_xscale("symlog", linthresh=2.0)
+            panel.plot([middle], [place], "o", c=colour, ms=5)
+        first = tasks.index(task) % ACROSS == 0  # the others have the same arms
+        panel.set_yticks(range(len(arms)), arms[::-1] if first else [""] * len(arms))
         panel.margins(x=0.1)
-        _in_per_cent(panel.xaxis)
-        panel.set_xlabel(f"loss minus {found['baseline']}'s, %")
+        axes.per_cent(panel.xaxis, f"loss minus {found['baseline']}'s")
     return figure
 
 
@@ -132,23 +148,23 @@ def _arms_of(found: Found, names: Iterable[str]) -> list[str]:
 
 def _curves(found: Found, finals: list[Found]) -> Figure:
     """Draws validation losses over training: mean and range over the seeds."""
-    tasks, colours = _tasks(found), _colours(found)
+    tasks = _tasks(found)
     rules = ("cubic", "stabilized", "standardized")
     arms = [found["baseline"], *_arms_of(found, rules)]
     figure, panels = _panels(tasks, 3.4)
     panel: Any = None
     for task, panel in zip(tasks, panels, strict=True):
-        for arm in arms:
+        for place, arm in enumerate(arms):
             rows = [x for x in finals if (x["task"], x["arm"]) == (task, arm)]
             if not rows:
                 continue
             losses = np.array([x["validation_loss"] for x in rows])
-            done = np.linspace(0, 1, losses.shape[1] + 1)[1:]
-            panel.plot(done, losses.mean(0), c=colours[arm], label=arm, lw=1.2)
+            _over_training(panel, arm, place, losses.mean(0))
             ends = losses.min(0), losses.max(0)
-            panel.fill_between(done, *ends, color=colours[arm], alpha=0.2, lw=0)
-        panel.set_yscale("log")
-        panel.set_xlabel("share of the steps")
+            colour, _ = ARMS.get(arm, UNKNOWN)
+            done = _shares(losses.shape[1])
+            panel.fill_between(done, *ends, color=colour, alpha=0.15, lw=0)
+        axes.logarithmic(panel.yaxis)
     figure.supylabel("validation loss (band: all seeds)", size="medium")
     _below(figure, panel)
     return figure
@@ -156,27 +172,34 @@ def _curves(found: Found, finals: list[Found]) -> Figure:
 
 def _ratio(found: Found, finals: list[Found]) -> Figure:
     """Draws the median of |b_t|/|m̂| over training, and where it is rounding."""
-    tasks, colours = _tasks(found), _colours(found)
+    tasks = _tasks(found)
+    arms = [x for x in _arms(found) if any(x == y["arm"] for y in finals
+                                           if "ratio" in y)]  # fmt: skip
     figure, panels = _panels(tasks, 3.4)
     panel: Any = None
     for task, panel in zip(tasks, panels, strict=True):
-        for arm, colour in colours.items():
-            rows = [
-                x["ratio"]
-                for x in finals
-                if (x["task"], x["arm"]) == (task, arm) and "ratio" in x
-            ]
-            if not rows:
-                continue
-            ratios = np.array(rows, dtype=float)
-            done = np.linspace(0, 1, ratios.shape[1] + 1)[1:]
-            panel.plot(done, np.nanmedian(ratios, 0), c=colour, label=arm, lw=1.2)
+        for place, arm in enumerate(arms):
+            rows = [x["ratio"] for x in finals if (x["task"], x["arm"]) == (task, arm)]
+            if rows:
+                ratios = np.nanmedian(np.array(rows, dtype=float), 0)
+                _over_training(panel, arm, place, ratios)
         panel.axhline(6e-8, c="0.6", lw=0.8, ls=":")
-        panel.set_yscale("log")
-        panel.set_xlabel("share of the steps")
+        axes.logarithmic(panel.yaxis)
     figure.supylabel("median |b|/|m̂| (dotted: float32's rounding)", size="medium")
     _below(figure, panel)
     return figure
+
+
+def _over_training(panel: Panel, arm: str, place: int, values: np.ndarray) -> None:
+    """Draws a curve; markers of arms that coincide stand beside each other."""
+    style = _style(arm, place) | {"markevery": (place % 6, 6)}
+    panel.plot(_shares(len(values)), values, label=arm, **style)
+    panel.set_xlabel("share of the steps")
+
+
+def _shares(points: int) -> np.ndarray:
+    """Returns the shares of the steps that are done at the log points."""
+    return np.linspace(0, 1, points + 1)[1:]
 
 
 def _learning_rate(found: Found) -> Figure | None:
@@ -184,27 +207,16 @@ def _learning_rate(found: Found) -> Figure | None:
     rows = found["sweeps"]["lr"]
     if not rows:
         return None
-    tasks, colours = _tasks(found), _colours(found)
-    figure, panels = _panels(tasks, 3.6)
+    tasks = _tasks(found)
+    figure, panels = _panels(tasks, 4.4)
     panel: Any = None
     for task, panel in zip(tasks, panels, strict=True):
-        lowest, highest = [], []
-        for arm, colour in colours.items():
+        for place, arm in enumerate(_arms(found)):
             mine = [x for x in rows if (x["task"], x["arm"]) == (task, arm)]
             if mine:
-                rates, losses = _sorted(mine)
-                panel.plot(rates, losses, ".-", c=colour, label=arm, lw=1.0, ms=4)
-                lowest.append(np.nanmin(losses))
-                highest.append(np.nanmax(losses))
+                panel.plot(*_sorted(mine), label=arm, **_style(arm, place))
         panel.set_xscale("log")
-        panel.set_yscale("log")
-        bottom = min(lowest, default=1.0)
-        factors = np.array([1.0, 1.2, 1.5, 2.0, 3.0])
-        ticks = [float(f"{x:.2g}") for x in factors * bottom]
-        panel.set_yticks(ticks, [f"{x:g}" for x in ticks])
-        top = min(3.0 * bottom, 1.03 * max(highest, default=3.0))
-        panel.set_ylim(0.97 * bottom, top)
-        panel.set_yticks([], minor=True)
+        axes.logarithmic(panel.yaxis)
         panel.set_xlabel("learning rate")
     figure.supylabel("final validation loss", size="medium")
     _below(figure, panel)
@@ -235,18 +247,18 @@ def _lam_and_b3(found: Found) -> Figure | None:
             base = losses[values == 0] if name == "lam" else losses[-1:]
             percent = 100 * (losses / base - 1) if base.size else losses
             shown = values if name == "lam" else 1 - values
-            panel.plot(shown, percent, ".-", label=task, c=f"C{number}", lw=1.0)
+            style = {"c": f"C{number}", "marker": "osD^vPX*"[number % 8], "mfc": "none"}
+            panel.plot(shown, percent, label=task, lw=1.0, **style)
         panel.axhline(0, c="0.7", lw=0.8)
-        panel.set_yscale("symlog", linthresh=2.0)
-        _in_per_cent(panel.yaxis)
+        reference = "lam = 0's" if name == "lam" else "the slowest decay's"
+        axes.per_cent(panel.yaxis, f"loss minus {reference}")
         if name == "lam":
-            panel.set_xscale("symlog", linthresh=1e-3)
-            panel.set_xticks([-0.1, -0.01, 0, 0.001, 0.01, 0.1])
+            axes.symmetric(panel.xaxis, LINEAR_LAM)
+            axes.ticks(panel.xaxis, axes.LAM)
+            panel.set_xlabel(f"lam (log beyond ±{LINEAR_LAM:g})")
         else:
             panel.set_xscale("log")
-        panel.set_xlabel("lam" if name == "lam" else "1 - b3")
-        reference = "lam = 0's" if name == "lam" else "the slowest decay's"
-        panel.set_ylabel(f"loss minus {reference}, %")
+            panel.set_xlabel("1 - b3")
     _below(figure, panel)
     return figure
 
@@ -264,7 +276,7 @@ def _stationary(rows: list[Found]) -> Figure | None:
         label = f"tau = {tau:g}"
         panel.plot(lams, [x["closed_form"] for x in mine], "-", c=form, lw=1.0)
         shifts = [x["shift"] for x in mine]
-        panel.plot(lams, shifts, "o", c=form, ms=5, label=label)
+        panel.plot(lams, shifts, "os"[number % 2], c=form, mfc="none", label=label)
     panel.set_xlabel("lam")
     panel.set_ylabel("shift of the stationary point")
     panel.legend(frameon=False, title="lines: closed form")
@@ -277,9 +289,10 @@ def _blow_up(rows: list[Found]) -> Figure | None:
         return None
     figure, panels = _panels([f"one gradient, then none; b2 = {rows[0]['b2']:g}"], 3.4)
     panel = next(panels)
-    for form, mine in itertools.groupby(rows, lambda x: x["form"]):
+    grouped = itertools.groupby(rows, lambda x: x["form"])
+    for place, (form, mine) in enumerate(grouped):
         pairs = sorted((1 - x["b3"], x["largest"]) for x in mine)
-        panel.plot(*zip(*pairs, strict=True), ".-", label=form)
+        panel.plot(*zip(*pairs, strict=True), label=form, **_style(form, 3 * place))
     panel.axvline(1 - rows[0]["b2"] ** 0.5, c="0.6", lw=0.8, ls=":")
     panel.set_xscale("log")
     panel.set_yscale("log")

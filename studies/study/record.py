@@ -1,7 +1,7 @@
 """The record of a study: a line a trial, added as they end, and none taken away.
 
-A finished record is packed into one small file; see `packed`. What is added later stands
-in lines again.
+A finished record is packed into one small file; see `packed`. What is added later
+stands in lines again.
 """
 
 import contextlib
