@@ -9,23 +9,24 @@ LINEAR = 2.0  # per cent, up to which an axis of differences is linear
 # In the order in which they are taken.
 PERCENT = (0, 10, -10, 100, -100, 2, -2, 1000, 1, -1, 50, -50, 5, -5, 20, -20, 200, 500)
 LAM = (0, 0.1, -0.1, 0.01, -0.01, 0.001, -0.001)
-APART = {"x": 0.13, "y": 0.07}  # of an axis, between two ticks
+SHORT = 5.0  # per cent; an axis no longer than that is linear
 
 
 def per_cent(axis: Any, text: str) -> None:
     """Scales and labels an axis of differences.
 
-    Linear, where none is beyond ±2%. Else logarithmic beyond, for one bad arm would
+    Linear, where none is beyond ±5%. Else logarithmic beyond ±2%, for one bad arm would
     hide what the others are.
     """
     low, high = limits(axis)
-    if max(-low, high) <= LINEAR:
+    if max(-low, high) <= SHORT:
         axis.set_major_locator(MaxNLocator(5))
         axis.set_label_text(f"{text}, %")
         return
     symmetric(axis, LINEAR)
     ticks(axis, PERCENT)
-    axis.set_label_text(f"{text}, % (log beyond ±{LINEAR:g})")
+    space = " " if axis.axis_name == "x" else "\n"
+    axis.set_label_text(f"{text}, %{space}(log beyond ±{LINEAR:g})")
 
 
 def symmetric(axis: Any, linear: float) -> None:
@@ -54,14 +55,21 @@ def ticks(axis: Any, wanted: Any) -> None:
     transform = axis.get_transform().transform
     start, end = transform(np.array([low, high]))
     taken: dict[float, float] = {}  # place on the axis of each tick
-    for x in wanted:
-        place = float((transform(np.array([float(x)]))[0] - start) / (end - start))
-        far = all(abs(place - y) >= APART[axis.axis_name] for y in taken.values())
-        if low <= x <= high and far:
-            taken[float(x)] = place
+    for x in map(float, wanted):
+        place = float((transform(np.array([x]))[0] - start) / (end - start))
+        gaps = (abs(place - at) - _apart(axis, x, y) for y, at in taken.items())
+        if low <= x <= high and all(gap >= 0 for gap in gaps):
+            taken[x] = place
     axis.set_major_locator(FixedLocator(list(taken)))
     axis.set_major_formatter(FixedFormatter([f"{x:.4g}" for x in taken]))
     axis.set_minor_locator(NullLocator())
+
+
+def _apart(axis: Any, a: float, b: float) -> float:
+    """Returns the share of an axis that must lie between two ticks."""
+    if axis.axis_name == "y":
+        return 0.07
+    return 0.03 + 0.016 * (len(f"{a:.4g}") + len(f"{b:.4g}"))
 
 
 def limits(axis: Any) -> tuple[float, float]:

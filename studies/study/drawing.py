@@ -32,9 +32,9 @@ ARMS = {
     "magnitude": ("teal", "d"),
     "agreeing": ("yellowgreen", "8"),
     "fading": ("mediumorchid", "*"),
-    "short_b3": ("sandybrown", "1"),
-    "ends": ("slateblue", "2"),
-    "cubic_at_scale_1": ("goldenrod", "3"),
+    "short_b3": ("sandybrown", "v"),
+    "ends": ("slateblue", "s"),
+    "cubic_at_scale_1": ("goldenrod", "^"),
 }
 UNKNOWN = ("0.5", "x")
 WIDTH = 3.2  # inches, of a panel
@@ -134,6 +134,7 @@ def _finals(found: Found) -> Figure:
             panel.plot([middle], [place], "o", c=colour, ms=5)
         first = tasks.index(task) % ACROSS == 0  # the others have the same arms
         panel.set_yticks(range(len(arms)), arms[::-1] if first else [""] * len(arms))
+        panel.set_ylim(-0.6, len(arms) - 0.4)
         panel.margins(x=0.1)
         axes.per_cent(panel.xaxis, f"loss minus {found['baseline']}'s")
     return figure
