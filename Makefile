@@ -18,12 +18,13 @@ PEER := flashoptim-jax==0.1.0
 COMPILED ?= benchmarks/records/$(shell date -u +%F)_compiled
 export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
 
-.PHONY: help demo bench study compiled test-compiled test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
+.PHONY: help demo bench study records compiled test-compiled test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
 	@echo "make bench     measure time and memory of a step against Optax's (a quarter hour)"
 	@echo "make study     compare AdaM3 with other optimizers, tuned alike (hours; goes on if stopped)"
+	@echo "make records   draw the tables and figures of all records again, and those of docs/"
 	@echo "make compiled  count what a step moves on a TPU and on an H100, by their compilers, without"
 	@echo "               a device (downloads 4 GB; half an hour; COMPILERS=tpu or =cuda13 for one)"
 	@echo "make test      lint, type-check and run every test"
@@ -51,7 +52,14 @@ bench: $(STAMPS)/.bench
 	@"$(BIN)/python" benchmarks/figures.py "$(RECORD)"
 
 study: $(STAMPS)/.bench
-	@"$(BIN)/python" benchmarks/compare.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
+	@"$(BIN)/python" studies/compare.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
+
+records: $(STAMPS)/.bench
+	@for record in studies/records/*/; do \
+	  "$(BIN)/python" studies/compare.py --report "$$record" >/dev/null || exit 1; done
+	@for lines in benchmarks/records/*/results.jsonl; do \
+	  "$(BIN)/python" benchmarks/figures.py "$${lines%/*}" || exit 1; done
+	@"$(BIN)/python" -m docs.tables --write studies/records/* benchmarks/records/*
 
 # For each compiler that can be installed, runs $(1); says so in one line for the others.
 define with_compilers
@@ -65,7 +73,8 @@ endef
 
 compiled: $(STAMPS)/.bench
 	$(call with_compilers,benchmarks/compiled.py --out "$(COMPILED)" $(ARGS))
-	@"$(BIN)/python" benchmarks/compiled_table.py "$(COMPILED)"
+	@"$(BIN)/python" benchmarks/figures.py "$(COMPILED)"
+	@"$(BIN)/python" -m docs.tables "$(COMPILED)"
 
 test-compiled:
 	$(call with_compilers,-m pytest -q -n 2 tests/test_compiled.py $(TESTS))

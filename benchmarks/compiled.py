@@ -111,7 +111,6 @@ def compiled(optimizer: Any, params: Any, shardings: Any) -> tuple[Any, int]:
     Also the bytes that it must move: gradient, parameter and state read, the latter two
     written.
     """
-
     if hasattr(optimizer, "step"):  # flashoptim's interface
         step = jax.jit(optimizer.step, donate_argnums=(0, 1))
     else:

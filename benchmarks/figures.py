@@ -1,8 +1,8 @@
 """Tables and figures of a record, from its numbers alone.
 
-Writes README.md, ratios.png, bytes.png and memory.png beside results.jsonl. Where a
-cell was measured more than once its last line counts. What was not measured is called
-so.
+Writes README.md, ratios.png, bytes.png and memory.png beside results.jsonl; of a
+record of compiled.py bytes.png alone. Where a cell was measured more than once its last
+line counts. What was not measured is called so.
 
     python benchmarks/figures.py benchmarks/records/2026-01-31_speed
 """
@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
 import common
+import compiled_figure
+import compiled_record
 from common import BASELINE
 
 MISSING = "not measured"
@@ -387,6 +389,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if not any(row["measure"] != "run" for row in rows):
         parser.error(f"{folder}: no measurement is in results.jsonl")
+    if compiled := compiled_record.read(folder):
+        compiled_figure.draw(compiled, folder / "bytes.png")
+        return 0
     pictures = []
     for file, measure, title, needed, draw in FIGURES:
         if mine := [row for row in last(rows, measure) if needed(row)]:

@@ -1,10 +1,8 @@
 """The documentation runs, and its links lead somewhere."""
 
+import importlib
 import inspect
 import re
-import runpy
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,46 +114,41 @@ def test_factories_document_every_argument_and_run_an_example() -> None:
             assert re.search(rf"^    {argument}: ", doc, re.M), argument
 
 
-@pytest.mark.parametrize(
-    ("script", "record", "tables"),
-    [
-        ("low_precision_table", "2026-11-23_low_precision", {"low_precision": [14]}),
-        (
-            "low_precision_table",
-            "2026-11-25_bfloat16_parameters",
-            {"low_precision": [5]},
-        ),
-        ("speed_table", "2026-11-23_speed", {"speed": [15]}),
-        (
-            "compiled_table",
-            "2026-11-25_compiled",
-            {"speed": [20, 50, 5], "low_precision": [21]},
-        ),
-        ("evidence_table", "2026-11-23_main_2", {"evidence": [11]}),
-        ("evidence_table", "2026-11-23_search", {"evidence": [9]}),
-        ("evidence_table", "2026-11-23_confirm", {"evidence": [5]}),
-        ("evidence_table", "2026-11-23_characters", {"evidence": [4]}),
-    ],
-)
+RECORDS = {
+    "benchmarks/records/2026-11-23_low_precision": {"low_precision": [14]},
+    "benchmarks/records/2026-11-25_bfloat16_parameters": {"low_precision": [5]},
+    "benchmarks/records/2026-11-23_speed": {"speed": [15]},
+    "benchmarks/records/2026-11-25_compiled": {
+        "speed": [20, 50, 5],
+        "low_precision": [21],
+    },
+    "studies/records/2026-11-23_main_2": {"evidence": [11]},
+    "studies/records/2026-11-23_search": {"evidence": [9]},
+    "studies/records/2026-11-23_confirm": {"evidence": [5]},
+    "studies/records/2026-11-23_characters": {"evidence": [4]},
+}
+tables_of: Any = importlib.import_module("docs.tables.__main__")
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_tables_are_those_of_the_record(
-    script: str,
-    record: str,
-    tables: dict[str, list[int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    record: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Each script prints tables; here are the rows of each, and the pages they stand on.
-    folder = ROOT / "benchmarks"
-    copy = shutil.copytree(folder / "records" / record, tmp_path / record)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(sys, "argv", [script, str(copy)])
-    runpy.run_path(str(folder / f"{script}.py"), run_name="__main__")
+    # Here are the rows of each table, and the pages they stand on.
+    assert tables_of.main([str(ROOT / record)]) == 0
     printed = capsys.readouterr().out.strip().split("\n\n")
-    wanted = [(page, rows) for page, each in tables.items() for rows in each]
+    wanted = [(page, rows) for page, each in RECORDS[record].items() for rows in each]
     for table, (page, rows) in zip(printed, wanted, strict=True):
         assert table.count("\n") == rows + 1
         assert table in (ROOT / "docs" / f"{page}.md").read_text()
+
+
+def test_a_table_takes_the_place_of_its_older_version() -> None:
+    head = "| a | b |\n| --- | --- |\n"
+    page = f"Text.\n\n{head}| x | 1 |\n\n{head}| y | 2 |\n"
+    new = f"{head}| y | 3 |"
+    assert tables_of.replaced(page, new) == page.replace("| y | 2 |", "| y | 3 |")
+    assert tables_of.replaced(page, new.replace("| y", "| z")) == page
 
 
 def test_bytes_of_a_model_are_those_that_are_kept() -> None:

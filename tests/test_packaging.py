@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,30 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     inside = {n for n in names if ".dist-info/" not in n}
     assert inside == sources | {"adam3_optax/py.typed"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_source_distribution_leaves_records_out(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "hatchling",
+            "build",
+            "-t",
+            "sdist",
+            "-d",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {"adam3_optax/__init__.py", "studies/compare.py"} <= {*names}
+    assert not [name for name in names if "/records/" in name]
+    assert path.stat().st_size < 1e6
 
 
 def test_wheel_requires_jax_jaxlib_and_optax_alone(wheel: Path) -> None:

@@ -23,8 +23,8 @@ import adam3_optax
 from tests.settings import EACH_FORM, FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "benchmarks"
-STUDIES = FOLDER / "studies"
+FOLDER = ROOT / "studies"
+STUDIES = FOLDER / "configurations"
 stats: Any = importlib.import_module("scipy.stats")  # it has no types
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 SHARED = {"lr": 1e-2, "warm_up": 0.1, "b2": 0.99, "weight_decay": 0.01}
@@ -616,6 +616,61 @@ def test_multiplicative_variants_against_numpy(rule: str, gradients: list[Any]) 
     np.testing.assert_allclose(found["embed"], wanted, rtol=2e-4, atol=1e-6)
 
 
+@EACH_FORM
+def test_the_formulas_of_the_variants_are_the_packages(
+    form: str, gradients: list[Any]
+) -> None:
+    moments = part("moments")
+    changes = {"lam": 0.3, "b3": 0.9, "tau": 0.5}
+    wanted, state = direction(form, gradients, **changes)
+    k = moments.scalars(setting(form, **changes), state.count)
+    for name, u in wanted.items():
+        m, v, s = state.m[name], state.v[name], state.s[name]
+        b = moments.term(form, v, s, k)
+        assert float(jnp.abs(b).max()) > 0
+        np.testing.assert_allclose(moments.direction(m, v, b, k), u, rtol=2e-6)
+    # In the first step, with a b of 0, and where nothing was ever seen.
+    k = moments.scalars(setting(form, b3=0.0), jnp.int32(1))
+    np.testing.assert_allclose([k.m, k.v, k.s], [10.0, 100.0, 1.0], rtol=1e-5)
+    zero = jnp.zeros(3)
+    np.testing.assert_array_equal(moments.skewness(zero, zero, k), zero)
+    np.testing.assert_array_equal(moments.term(form, zero, zero, k), zero)
+
+
+def test_the_skewness_of_the_variants_is_the_reports() -> None:
+    moments = part("moments")
+    h = setting("standardized", b3=0.9, tau=1e9, lam=1.0)
+    rule = adam3_optax.scale_by_adam3(
+        0.9, 0.99, b3=0.9, lam=1.0, tau=1e9, eps=1e-8, third_moment="standardized"
+    )
+    rng = np.random.default_rng(1)
+    state = rule.init(jnp.zeros(99))
+    for _ in range(5):
+        g = jnp.asarray(rng.exponential(size=99) - 1, jnp.float32)
+        u, state = rule.update(g, state)
+    k = moments.scalars(h, state.count)
+    m, v, s = (np.asarray(x, np.float64) for x in (state.m, state.v, state.s))
+    v_hat = v / (1 - 0.99**5)
+    term = np.asarray(u, np.float64) * (np.sqrt(v_hat) + 1e-8) - m / (1 - 0.9**5)
+    found = moments.skewness(state.v, state.s, k)
+    np.testing.assert_allclose(found, term / np.sqrt(v_hat), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found, s / (1 - 0.9**5) / v_hat**1.5, rtol=1e-4)
+
+
+def test_the_study_imports_public_names_alone() -> None:
+    public = {x for x in vars(adam3_optax) if not x.startswith("_")}
+    lines = [
+        line
+        for path in [*FOLDER.glob("*.py"), *FOLDER.glob("study/*.py")]
+        for line in path.read_text().splitlines()
+        if "adam3_optax" in line and "import" in line.split()[:3]
+    ]
+    assert len(lines) >= 3
+    for line in lines:
+        names = line.removeprefix("from adam3_optax import ").split(", ")
+        assert set(names) <= public, line
+
+
 def test_other_controls(gradients: list[Any]) -> None:
     adam, _ = direction("adamw", gradients)
     true, _ = direction("standardized", gradients, lam=0.1)
@@ -654,7 +709,7 @@ def test_other_controls(gradients: list[Any]) -> None:
 def corpus() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        return part("tasks").char_lm.load(None)
+        return part("texts").load(None)
 
 
 @pytest.mark.slow
@@ -770,7 +825,7 @@ def test_spelling_counts_the_ngrams_of_words_of_its_part() -> None:
     text = " ".join(words * 40 + words[:10] * 120)
     letters = sorted(set(text))
     tokens = np.array([letters.index(x) for x in text], np.int32)
-    corpus = tasks.char_lm.Corpus(letters, tokens, np.zeros((1, 65), np.int32))
+    corpus = part("texts").Corpus(letters, tokens, np.zeros((1, 65), np.int32))
     task = tasks.spelling(corpus, classes=60, examples=512, features=128)
     data = task.data(jax.random.key(0))
     order = {x: i for i, x in enumerate(dict.fromkeys(words))}  # ties: first seen
@@ -895,6 +950,96 @@ def test_a_torn_line_is_dropped_and_redone(tmp_path: Path) -> None:
         record(tmp_path)
 
 
+def logged(key: str, phase: str, **more: Any) -> dict[str, Any]:
+    """Returns a trial as it is logged: numbers of eight digits, of float32."""
+    rng = np.random.default_rng(int(key, 16))
+    numbers = rng.lognormal(0, 9, 20).astype(np.float32)
+    row = {"key": key, "phase": phase, "task": "a", "arm": "é", "rule": "adamw",
+           "h": {"lr": 0.0066054, "b2": 0.998074}, "seed": 3, "finite": True,
+           "validation_loss": [float(f"{x:.8g}") for x in numbers],
+           "final": float(f"{numbers[-1]:.8g}"), "seconds": 1.6411}  # fmt: skip
+    return row | more
+
+
+def test_a_packed_record_holds_every_digit(tmp_path: Path) -> None:
+    record = part("record")
+    lines = record.Record(tmp_path)
+    rows = [
+        logged("a", "tune"),
+        logged("b", "final", h={"lr": 0.1, "lam": 0.3}, ratio=[0.1, None]),
+        logged("c", "final", ratio=[1.4012985e-45, 3.4028235e38]),
+        logged("d", "lam", finite=False, final=None),
+    ]
+    for row in rows:
+        lines.add(row)
+    rows[0].pop("validation_loss")
+    record.pack(tmp_path, lambda record: len(record.rows))
+    assert [x.name for x in tmp_path.iterdir()] == ["trials.npz"]
+    again = record.Record(tmp_path)
+    assert again.rows == {row["key"]: row for row in rows}
+    with np.load(tmp_path / "trials.npz", allow_pickle=False) as file:
+        assert file["validation_loss"].shape == (3, 20)
+
+    # A study goes on from it, and the whole is packed anew.
+    again.add(logged("e", "final"))
+    assert list(record.Record(tmp_path).rows) == ["a", "b", "c", "d", "e"]
+    record.pack(tmp_path, lambda record: len(record.rows))
+    assert list(record.Record(tmp_path).rows) == ["a", "b", "c", "d", "e"]
+    (tmp_path / "trials.npz").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="holds no trials"):
+        record.Record(tmp_path)
+
+
+def test_what_would_be_lost_is_not_packed(tmp_path: Path) -> None:
+    record = part("record")
+    record.Record(tmp_path).add(logged("a", "final", training_loss=[0.1234567891]))
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="would not hold all"):
+        record.pack(tmp_path, lambda record: None)
+    assert (tmp_path / "trials.jsonl").read_bytes() == before
+    assert [x.name for x in tmp_path.iterdir()] == ["trials.jsonl"]
+
+
+@pytest.mark.parametrize("name", [x.name for x in (FOLDER / "records").iterdir()])
+def test_results_are_those_of_the_packed_record(name: str) -> None:
+    folder = FOLDER / "records" / name
+    report, record = part("report"), part("record").Record(folder)
+    study, corpus = report.study_of(folder), report.corpus_of(folder)
+    found = report.shown(study, record, corpus, folder)
+    page = "\n\n".join(report.sections(found)) + "\n"
+    assert page == (folder / "results.md").read_text()
+    sizes = [x.stat().st_size for x in (FOLDER / "records").glob("*/trials.npz")]
+    assert sum(sizes) < 3e6
+
+
+def test_figures_know_every_arm(tmp_path: Path) -> None:
+    drawing, plan = part("drawing"), part("plan")
+    for path in STUDIES.glob("*.toml"):
+        assert set(plan.load(path).arms) <= set(drawing.ARMS), path
+    colours = [colour for colour, _ in drawing.ARMS.values()]
+    assert len(set(colours)) == len(colours)
+
+
+def test_ticks_of_differences_do_not_touch() -> None:
+    axes = part("axes")
+    figure: Any = importlib.import_module("matplotlib.figure").Figure()
+    panel = figure.subplots()
+    panel.plot([-95.0, 40.0], [0, 1])
+    axes.per_cent(panel.xaxis, "loss")
+    low, high = panel.get_xlim()
+    assert low < -95 < 40 < high
+    transform = panel.xaxis.get_transform().transform
+    start, end = transform([low, high])
+    places = np.sort((transform(panel.get_xticks()) - start) / (end - start))
+    assert len(places) >= 4
+    assert np.diff(places).min() > 0.09
+    assert panel.get_xlabel() == "loss, % (log beyond ±2)"
+    short = figure.subplots()
+    short.plot([-0.5, 0.2], [0, 1])
+    axes.per_cent(short.xaxis, "loss")
+    assert (short.get_xscale(), short.get_xlabel()) == ("linear", "loss, %")
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
     script = str(FOLDER / "compare.py")
     return [sys.executable, "-W", "error", script, "--out", str(folder), *arguments]
@@ -961,7 +1106,7 @@ def test_a_tiny_study_killed_interrupted_and_resumed(tmp_path: Path) -> None:
     assert {row["seed"] for row in rows if row["phase"] == "final"} == {100, 101}
     runs = json.loads((tmp_path / "environment.json").read_text())
     assert len(runs) == 3
-    assert runs[0]["command"].startswith("python benchmarks/compare.py --out")
+    assert runs[0]["command"].startswith("python studies/compare.py --out")
     assert {"jax", "optax", "device", "cores", "commit", "corpus"} <= runs[0].keys()
 
     # The whole again: nothing is run, and the report is the same.

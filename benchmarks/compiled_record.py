@@ -1,0 +1,30 @@
+"""A record of compiled.py, for its figure and its tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+DEVICES = {"v5e": "TPU v5e", "h100": "H100"}
+
+Row = dict[str, Any]
+Rows = dict[tuple[str, ...], Row]
+
+
+def read(folder: Path) -> Rows:
+    """Returns the last row of each cell: by device, types, tree and optimizer.
+
+    On a mesh also by the kind of axes and by what is split.
+    """
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    keys = ("device", "dtype", "tree", "arm", "axes", "split")
+    return {
+        tuple(row[key] for key in keys if key in row): row
+        for row in map(json.loads, lines)
+        if row["measure"] == "compiled"
+    }
+
+
+def arms(rows: Rows) -> list[str]:
+    """Returns the optimizers in the order of the record, without wrapped ones."""
+    names = dict.fromkeys(key[3] for key in rows if len(key) == 4)
+    return [name for name in names if " remainder over " not in name]
