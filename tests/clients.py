@@ -32,9 +32,7 @@ class Setting(NamedTuple):
 
 FLOAT32 = Setting("float32", F32, lambda: adam3w(RATE), 1e-6 * RATE)
 INT8 = Setting("int8", F32, lambda: adam3w(RATE, **all_at("int8")), 0.1 * RATE)
-BFLOAT16 = Setting(
-    "bfloat16", BF16, lambda: bfloat16_parameters(adam3w(RATE)), 2.0**-7
-)
+BFLOAT16 = Setting("bfloat16", BF16, lambda: bfloat16_parameters(adam3w(RATE)), 2.0**-7)
 
 
 def each(*settings: Setting) -> pytest.MarkDecorator:

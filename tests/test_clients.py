@@ -453,7 +453,9 @@ def test_maxtext_builds_it_in_place_of_adamw(monkeypatch: pytest.MonkeyPatch) ->
     optimizer = helpers.get_optimizer(config, optax.constant_schedule(RATE))
     params = {"kernel": normal(4, 8, seed=0), "bias": normal(8, seed=1)}
     state = optimizer.init(params)
-    plain = adam3w(RATE, 0.9, 0.95, b3=0.9, weight_decay=0.1, mask={"kernel": True, "bias": False})
+    plain = adam3w(
+        RATE, 0.9, 0.95, b3=0.9, weight_decay=0.1, mask={"kernel": True, "bias": False}
+    )
     alone = plain.init(params)
     for loss in (1.0, 1.1, 0.9, 50.0):
         g = jax.tree.map(lambda p: jnp.sin(7 * p), params)

@@ -78,6 +78,43 @@ WRAPPERS: dict[str, Wrapper] = {
     "reduce_on_plateau": lambda o: optax.chain(
         o, optax.contrib.reduce_on_plateau(0.5, patience=1)
     ),
+    "inject_hyperparams": lambda o: optax.inject_hyperparams(
+        lambda scale: optax.chain(o, optax.scale(scale))
+    )(0.5),
+    "named_chain": lambda o: optax.named_chain(
+        ("clip", optax.clip(1.0)), ("ours", o), ("scale", optax.scale(0.5))
+    ),
+    "selective_transform": lambda o: optax.transforms.selective_transform(
+        o, freeze_mask={"w": False, "b": False}
+    ),
+    "skip_not_finite": lambda o: optax.MultiSteps(
+        o, 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+    "skip_large_updates": lambda o: optax.MultiSteps(
+        o,
+        2,
+        should_skip_update_fn=functools.partial(
+            optax.skip_large_updates, max_squared_norm=1e6
+        ),
+    ).gradient_transformation(),
+    "conditionally_transform": lambda o: optax.conditionally_transform(
+        o, lambda step: step < 2
+    ),
+    "ema": lambda o: optax.chain(o, optax.ema(0.5)),
+    "keep_params_nonnegative": lambda o: optax.chain(
+        o, optax.keep_params_nonnegative()
+    ),
+    "clip": lambda o: optax.chain(optax.clip(0.5), o),
+    "clip_by_block_rms": lambda o: optax.chain(o, optax.clip_by_block_rms(0.05)),
+    "adaptive_grad_clip": lambda o: optax.chain(optax.adaptive_grad_clip(0.1), o),
+    "zero_nans": lambda o: optax.chain(optax.zero_nans(), o),
+    "apply_every": lambda o: optax.chain(o, optax.apply_every(2)),
+    "add_noise": lambda o: optax.chain(
+        optax.add_noise(0.01, 0.55, jax.random.key(0)), o
+    ),
+    "sam": lambda o: optax.contrib.sam(
+        o, optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), reset_state=False
+    ),
 }
 if hasattr(optax, "monitor"):  # Optax 0.2.6 has none
     WRAPPERS["monitor"] = lambda o: optax.chain(
