@@ -360,7 +360,7 @@ def test_levanter(setting: Setting) -> None:
     config = client("levanter.optim.config").OptimizerConfig
     states = client("levanter.trainer_state")
     hax = client("haliax")
-    In, Out = hax.Axis("In", 16), hax.Axis("Out", 1)
+    inner, outer = hax.Axis("In", 16), hax.Axis("Out", 1)
 
     @config.register_subclass(f"adam3_{setting.name}")
     @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def test_levanter(setting: Setting) -> None:
             return self.inner
 
     def train(optimizer: Any, dtype: Any) -> Any:
-        model = hax.nn.Linear.init(In, Out, key=jax.random.key(0))
+        model = hax.nn.Linear.init(inner, outer, key=jax.random.key(0))
         state = states.TrainerState.init(
             Adam3Config(inner=optimizer).build(20),
             model,
@@ -383,7 +383,7 @@ def test_levanter(setting: Setting) -> None:
         @eqx.filter_jit
         def step(state: Any) -> Any:
             def loss(model: Any) -> Any:
-                found = model(hax.named(X, (hax.Axis("B", 64), In)))
+                found = model(hax.named(X, (hax.Axis("B", 64), inner)))
                 return mean_square(found.array)
 
             value, gradients = eqx.filter_value_and_grad(loss)(state.model)

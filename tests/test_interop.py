@@ -27,7 +27,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from adam3_optax import adam3, adam3w, scale_by_adam3
+from adam3_optax import adam3, adam3w, bfloat16_parameters, scale_by_adam3
 from tests.settings import (
     BF16,
     EACH_FORM,
@@ -514,6 +514,32 @@ def test_equinox_modules(keep: Any) -> None:
     np.testing.assert_allclose(model.weight, weight, rtol=1e-5)
     np.testing.assert_array_equal(model.table, table)
     assert model.width == 3
+
+
+def test_equinox_in_bfloat16(standard_promotion: None) -> None:
+    # eqx.apply_updates adds in float32, and would make the parameters float32.
+    model = eqx.nn.Linear(32, 4, dtype=BF16, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimizer, x = bfloat16_parameters(adam3w(0.01)), normal(16, 32, seed=9)
+
+    def loss(params: Any) -> jax.Array:
+        found = jax.vmap(eqx.combine(params, static))(x.astype(BF16))
+        return jnp.mean((found.astype(F32) - 1) ** 2)
+
+    @jax.jit
+    def bfloat16_step(params: Any, state: Any) -> Any:
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        widened = eqx.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state, value, widened
+
+    state, losses = optimizer.init(params), []
+    for _ in range(20):
+        params, state, value, widened = bfloat16_step(params, state)
+        losses.append(value)
+    assert losses[-1] < 0.7 * losses[0]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(BF16)}
+    assert {x.dtype for x in jax.tree.leaves(widened)} == {jnp.dtype(F32)}
 
 
 @chex.dataclass(frozen=True)
