@@ -18,9 +18,8 @@ PEER := flashoptim-jax==0.1.0
 COMPILED ?= benchmarks/records/$(shell date -u +%F)_compiled
 export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
 
-# Libraries that take an Optax optimizer. levanter needs an older JAX and Optax than the others.
-CLIENTS := dm-haiku keras numpyro optimistix jaxopt blackjax flowjax netket penzai
-LEVANTER := marin-levanter
+# Libraries that take an Optax optimizer.
+CLIENTS ?= dm-haiku keras numpyro optimistix jaxopt blackjax flowjax netket penzai
 CLIENTS_RECORD ?= tests/clients_record.json
 # JAX 0.12 needs Python 3.12 or newer.
 CLIENTS_PYTHON ?= $(firstword $(foreach python,python3.12 python3.13 \
@@ -83,13 +82,11 @@ test-compiled:
 
 test-clients:
 	@$(MAKE) --no-print-directory run-clients PYTHON="$(CLIENTS_PYTHON)" VENV=.venv-clients \
-	  CONSTRAINTS=constraints-clients.txt NAME=clients NEEDED="$(CLIENTS)"
-	@$(MAKE) --no-print-directory run-clients PYTHON="$(CLIENTS_PYTHON)" VENV=.venv-levanter \
-	  CONSTRAINTS=constraints-levanter.txt NAME=levanter NEEDED="$(LEVANTER)"
+	  CONSTRAINTS=constraints-clients.txt
 
 .PHONY: run-clients
 run-clients: $(STAMPS)/.clients
-	@JAX_PLATFORMS=cpu "$(BIN)/python" -m tests.run_clients "$(CLIENTS_RECORD)" $(NAME) $(NEEDED)
+	@JAX_PLATFORMS=cpu "$(BIN)/python" -m tests.run_clients "$(CLIENTS_RECORD)" $(CLIENTS)
 
 test: lint
 	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 $(TESTS)
@@ -138,7 +135,7 @@ wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 .venv-clients .venv-levanter build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 .venv-clients build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
@@ -157,7 +154,7 @@ $(STAMPS)/.compiler: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@touch "$@"
 
 $(STAMPS)/.clients: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
-	@$(PIP) -e '.[test]' $(NEEDED)
+	@$(PIP) -e '.[test]' $(CLIENTS)
 	@touch "$@"
 
 $(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)

@@ -1,9 +1,8 @@
 """Runs the tests of the clients that are installed here, and records the outcome.
 
-    python -m tests.run_clients clients_record.json NAME DISTRIBUTION ...
+    python -m tests.run_clients clients_record.json DISTRIBUTION ...
 
-writes to that file, under NAME, the date, the versions and each test that passed or
-failed. What the file says of other environments stays.
+writes to that file the date, the versions and each test that passed or failed.
 """
 
 import datetime
@@ -29,13 +28,12 @@ class Outcomes:
             self.tests[name] = report.outcome
 
 
-def main(path: Path, name: str, distributions: list[str], *arguments: str) -> int:
+def main(path: Path, distributions: list[str]) -> int:
     outcomes = Outcomes()
-    status = pytest.main(["-q", *TESTS, *arguments], plugins=[outcomes])
+    status = pytest.main(["-q", *TESTS], plugins=[outcomes])
     shown = ["jax", "jaxlib", "optax", "flax", *distributions]
     versions = {name: version(name) for name in shown}
-    record = json.loads(path.read_text()) if path.exists() else {}
-    record[name] = {
+    record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "versions": versions,
@@ -47,4 +45,4 @@ def main(path: Path, name: str, distributions: list[str], *arguments: str) -> in
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -267,13 +267,16 @@ def ground_state(nk: Any, dtype: Any, optimizer: Any, steps: int = 20) -> Any:
     """Returns the energies of an Ising chain on the way to its ground state."""
     hilbert = nk.hilbert.Spin(s=0.5, N=6)
     hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(6), h=1.0, dtype=dtype)
-    model = nk.models.RBM(alpha=1, param_dtype=dtype)
+    model = nk.models.RBM(alpha=4, param_dtype=dtype)
     state = nk.vqs.FullSumState(hilbert, model, seed=0)
     driver = nk.driver.VMC(hamiltonian, optimizer, variational_state=state)
-    energies = []
-    for _ in range(steps):
-        driver.advance(1)
+    energies: list[float] = []
+
+    def note(step: int, log: Any, driver: Any) -> bool:
         energies.append(20.0 + float(np.real(driver.energy.mean)))  # above zero
+        return True
+
+    driver.run(steps, show_progress=False, callback=note)
     assert all(x.dtype == dtype for x in jax.tree.leaves(state.parameters))
     return energies
 
@@ -298,7 +301,7 @@ def test_penzai(setting: Setting) -> None:
     mlp = client("penzai.models.simple_mlp").MLP
 
     def train(optimizer: Any, dtype: Any) -> Any:
-        model = mlp.from_config("mlp", jax.random.key(0), [16, 32, 1])
+        model = mlp.from_config(jax.random.key(0), [16, 32, 1])
         for parameter in pz.unbind_params(model)[1]:
             cast = jax.tree.map(lambda x: x.astype(dtype), parameter.value)
             parameter.value = cast
