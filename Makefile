@@ -8,7 +8,7 @@ EMPTY :=
 STAMPS := $(subst $(EMPTY) ,\ ,$(VENV))
 CONSTRAINTS ?= constraints.txt
 # What takes minutes and depends least on the versions of JAX and Optax.
-APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants
+APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants clients
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -18,7 +18,15 @@ PEER := flashoptim-jax==0.1.0
 COMPILED ?= benchmarks/records/$(shell date -u +%F)_compiled
 export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
 
-.PHONY: help demo bench study records compiled test-compiled test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
+# Libraries that take an Optax optimizer.
+CLIENTS ?= dm-haiku keras numpyro optimistix jaxopt blackjax flowjax netket penzai
+CLIENTS_RECORD ?= tests/clients_record.json
+# JAX 0.12 needs Python 3.12 or newer.
+CLIENTS_PYTHON ?= $(firstword $(foreach python,python3.12 python3.13 \
+  $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python $(HOME)/.pyenv/versions/3.13*/bin/python), \
+  $(shell $(python) -c "print('$(python)')" 2>/dev/null)) $(PYTHON))
+
+.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
@@ -32,6 +40,8 @@ help:
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
 	@echo "make test-slow run the tests that take minutes each"
 	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
+	@echo "make test-clients run the optimizer in libraries that take one of Optax's, and record it in"
+	@echo "               $(CLIENTS_RECORD) (downloads 2 GB; a quarter hour)"
 	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
 	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
 	@echo "make lint      lint and type-check alone"
@@ -78,6 +88,14 @@ compiled: $(STAMPS)/.bench
 
 test-compiled:
 	$(call with_compilers,-m pytest -q -n 2 tests/test_compiled.py $(TESTS))
+
+test-clients:
+	@$(MAKE) --no-print-directory run-clients PYTHON="$(CLIENTS_PYTHON)" VENV=.venv-clients \
+	  CONSTRAINTS=constraints-clients.txt
+
+.PHONY: run-clients
+run-clients: $(STAMPS)/.clients
+	@JAX_PLATFORMS=cpu "$(BIN)/python" -m tests.run_clients "$(CLIENTS_RECORD)" $(CLIENTS)
 
 test: lint
 	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 $(TESTS)
@@ -126,7 +144,7 @@ wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 .venv-clients build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
@@ -142,6 +160,10 @@ $(STAMPS)/.examples: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 
 $(STAMPS)/.compiler: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@$(PIP) -e '.[test]' 'jax[$(COMPILER)]' $(PEER)
+	@touch "$@"
+
+$(STAMPS)/.clients: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
+	@$(PIP) -e '.[test]' $(CLIENTS)
 	@touch "$@"
 
 $(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)

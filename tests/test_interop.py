@@ -27,7 +27,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from adam3_optax import adam3, adam3w, scale_by_adam3
+from adam3_optax import adam3, adam3w, bfloat16_parameters, scale_by_adam3
 from tests.settings import (
     BF16,
     EACH_FORM,
@@ -77,6 +77,43 @@ WRAPPERS: dict[str, Wrapper] = {
     "split": optax.contrib.split_real_and_imaginary,
     "reduce_on_plateau": lambda o: optax.chain(
         o, optax.contrib.reduce_on_plateau(0.5, patience=1)
+    ),
+    "inject_hyperparams": lambda o: optax.inject_hyperparams(
+        lambda scale: optax.chain(o, optax.scale(scale))
+    )(0.5),
+    "named_chain": lambda o: optax.named_chain(
+        ("clip", optax.clip(1.0)), ("ours", o), ("scale", optax.scale(0.5))
+    ),
+    "selective_transform": lambda o: optax.transforms.selective_transform(
+        o, freeze_mask={"w": False, "b": False}
+    ),
+    "skip_not_finite": lambda o: optax.MultiSteps(
+        o, 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+    "skip_large_updates": lambda o: optax.MultiSteps(
+        o,
+        2,
+        should_skip_update_fn=functools.partial(
+            optax.skip_large_updates, max_squared_norm=1e6
+        ),
+    ).gradient_transformation(),
+    "conditionally_transform": lambda o: optax.conditionally_transform(
+        o, lambda step: step < 2
+    ),
+    "ema": lambda o: optax.chain(o, optax.ema(0.5)),
+    "keep_params_nonnegative": lambda o: optax.chain(
+        o, optax.keep_params_nonnegative()
+    ),
+    "clip": lambda o: optax.chain(optax.clip(0.5), o),
+    "clip_by_block_rms": lambda o: optax.chain(o, optax.clip_by_block_rms(0.05)),
+    "adaptive_grad_clip": lambda o: optax.chain(optax.adaptive_grad_clip(0.1), o),
+    "zero_nans": lambda o: optax.chain(optax.zero_nans(), o),
+    "apply_every": lambda o: optax.chain(o, optax.apply_every(2)),
+    "add_noise": lambda o: optax.chain(
+        optax.add_noise(0.01, 0.55, jax.random.key(0)), o
+    ),
+    "sam": lambda o: optax.contrib.sam(
+        o, optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), reset_state=False
     ),
 }
 if hasattr(optax, "monitor"):  # Optax 0.2.6 has none
@@ -477,6 +514,32 @@ def test_equinox_modules(keep: Any) -> None:
     np.testing.assert_allclose(model.weight, weight, rtol=1e-5)
     np.testing.assert_array_equal(model.table, table)
     assert model.width == 3
+
+
+def test_equinox_in_bfloat16(standard_promotion: None) -> None:
+    # eqx.apply_updates adds in float32, and would make the parameters float32.
+    model = eqx.nn.Linear(32, 4, dtype=BF16, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimizer, x = bfloat16_parameters(adam3w(0.01)), normal(16, 32, seed=9)
+
+    def loss(params: Any) -> jax.Array:
+        found = jax.vmap(eqx.combine(params, static))(x.astype(BF16))
+        return jnp.mean((found.astype(F32) - 1) ** 2)
+
+    @jax.jit
+    def bfloat16_step(params: Any, state: Any) -> Any:
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        widened = eqx.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state, value, widened
+
+    state, losses = optimizer.init(params), []
+    for _ in range(20):
+        params, state, value, widened = bfloat16_step(params, state)
+        losses.append(value)
+    assert losses[-1] < 0.7 * losses[0]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(BF16)}
+    assert {x.dtype for x in jax.tree.leaves(widened)} == {jnp.dtype(F32)}
 
 
 @chex.dataclass(frozen=True)

@@ -1,0 +1,496 @@
+"""AdaM3 in libraries that take an Optax optimizer. `make test-clients` installs them.
+
+docs/clients.md has a row for each test. Libraries that the other tests need anyway are
+tested in test_interop.py and test_client_patterns.py.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adam3_optax import adam3w
+from tests.clients import (
+    EACH_SETTING,
+    FLOAT32,
+    IN_FLOAT32,
+    RATE,
+    Setting,
+    X,
+    Y,
+    check,
+    client,
+    each,
+    mean_square,
+)
+from tests.settings import F32, normal
+
+CLIENTS = (
+    "haiku",
+    "keras",
+    "numpyro",
+    "optimistix",
+    "jaxopt",
+    "blackjax",
+    "flowjax",
+    "netket",
+    "penzai",
+    "levanter",
+    "tunix",
+    "maxtext",
+)
+if not any(map(find_spec, CLIENTS)):
+    pytest.skip("no client is here: make test-clients", allow_module_level=True)
+# Clients mix types and ranks, and warn.
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@EACH_SETTING
+def test_haiku(setting: Setting) -> None:
+    hk = client("haiku")
+    model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([32, 1])(x)))
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        params = model.init(jax.random.key(0), X)
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(params: Any, state: Any) -> Any:
+            value, gradients = jax.value_and_grad(
+                lambda p: mean_square(model.apply(p, X.astype(dtype)))
+            )(params)
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        for _ in range(20):
+            params, state, value = step(params, state)
+            yield value
+
+    check(train, setting)
+
+
+@EACH_SETTING
+def test_keras(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = client("keras")
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        keras.utils.set_random_seed(0)
+        hidden = keras.layers.Dense(32, "tanh", dtype=jnp.dtype(dtype).name)
+        last = keras.layers.Dense(1, dtype=jnp.dtype(dtype).name)
+        model = keras.Sequential([hidden, last])
+        model.build((None, 16))
+        params = [v.value for v in model.trainable_variables]
+        others = [v.value for v in model.non_trainable_variables]
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(params: Any, others: Any, state: Any) -> Any:
+            def loss(params: Any) -> Any:
+                found, new = model.stateless_call(params, others, X)
+                return mean_square(found), new
+
+            (value, others), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), others, state, value
+
+        for _ in range(20):
+            params, others, state, value = step(params, others, state)
+            yield value
+        for variable, value in zip(model.trainable_variables, params, strict=True):
+            variable.assign(value)
+        yield mean_square(jnp.asarray(model(X)))
+
+    check(train, setting)
+
+
+def test_keras_takes_no_optax_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = client("keras")
+    model = keras.Sequential([keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="Could not interpret optimizer"):
+        model.compile(optimizer=adam3w(RATE), loss="mse")
+
+
+@EACH_SETTING
+def test_numpyro(setting: Setting) -> None:
+    numpyro = client("numpyro")
+    dist = client("numpyro.distributions")
+    infer = client("numpyro.infer")
+
+    def model(x: Any, y: Any) -> None:
+        w = numpyro.sample("w", dist.Normal(jnp.zeros(16), 1.0).to_event(1))
+        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        def guide(x: Any, y: Any) -> None:
+            loc = numpyro.param("loc", jnp.full(16, 0.5, dtype)).astype(F32)
+            scale = numpyro.param("scale", jnp.full(16, -2.0, dtype)).astype(F32)
+            numpyro.sample("w", dist.Normal(loc, jnp.exp(scale)).to_event(1))
+
+        svi = infer.SVI(model, guide, optimizer, infer.Trace_ELBO())
+        found = svi.run(jax.random.key(0), 30, X, Y[:, 0], progress_bar=False)
+        assert found.params["loc"].dtype == dtype
+        return found.losses
+
+    check(train, setting)
+
+
+@IN_FLOAT32
+def test_optimistix(setting: Setting) -> None:
+    optx = client("optimistix")
+
+    def loss(w: Any, args: Any) -> Any:
+        return mean_square(X @ w["kernel"] + w["bias"])
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        start = {"kernel": jnp.zeros((16, 1), dtype), "bias": jnp.ones(1, dtype)}
+        solver = optx.OptaxMinimiser(optimizer, rtol=1e-8, atol=1e-8)
+        found = optx.minimise(loss, solver, start, max_steps=50, throw=False)
+        return loss(start, None), loss(found.value, None)
+
+    check(train, setting)
+
+
+@EACH_SETTING
+def test_jaxopt(setting: Setting) -> None:
+    jaxopt = client("jaxopt")
+
+    def loss(w: Any, x: Any) -> Any:
+        return mean_square(x.astype(w["kernel"].dtype) @ w["kernel"] + w["bias"])
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        start = {"kernel": jnp.zeros((16, 1), dtype), "bias": jnp.ones(1, dtype)}
+        solver = jaxopt.OptaxSolver(loss, optimizer, maxiter=50, tol=0.0)
+        found, _ = solver.run(start, x=X)
+        return loss(start, X), loss(found, X)
+
+    check(train, setting)
+
+
+def log_density(x: Any) -> Any:
+    return -0.5 * jnp.sum((x.astype(F32) - 1.0) ** 2 / jnp.arange(1.0, 9.0))
+
+
+@each(FLOAT32)
+@pytest.mark.parametrize("kind", ["meanfield_vi", "fullrank_vi"])
+def test_blackjax_variational(setting: Setting, kind: str) -> None:
+    blackjax = client("blackjax")
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        algorithm = getattr(blackjax, kind)(log_density, optimizer, 64)
+        state, step = algorithm.init(jnp.full(8, 3.0, dtype)), jax.jit(algorithm.step)
+        for key in jax.random.split(jax.random.key(0), 60):
+            state, _ = step(key, state)
+            yield jnp.mean((state.mu - 1.0) ** 2)
+
+    check(train, setting)
+
+
+@EACH_SETTING
+def test_blackjax_svgd(setting: Setting) -> None:
+    blackjax = client("blackjax")
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        algorithm = blackjax.svgd(jax.grad(log_density), optimizer)
+        state = algorithm.init(3.0 + normal(32, 8, seed=2).astype(dtype))
+        step = jax.jit(algorithm.step)
+        for _ in range(40):
+            state = step(state)
+            assert state.particles.dtype == dtype
+            yield jnp.mean((state.particles.astype(F32).mean(0) - 1.0) ** 2)
+
+    check(train, setting)
+
+
+def test_blackjax_chees() -> None:
+    # It tunes one number, the length of trajectories.
+    blackjax = client("blackjax")
+    warmup = blackjax.chees_adaptation(log_density, num_chains=8)
+    start = normal(8, 8, seed=3)
+    found = {}
+    for name, optimizer in (("ours", adam3w(RATE)), ("Adam", optax.adam(RATE))):
+        (_, parameters), _ = warmup.run(
+            jax.random.key(0), start, 0.5, optimizer, num_steps=20
+        )
+        found[name] = parameters["step_size"]
+    assert all(bool(jnp.isfinite(x)) for x in found.values())
+
+
+@IN_FLOAT32
+def test_flowjax(setting: Setting) -> None:
+    flows = client("flowjax.flows")
+    distributions = client("flowjax.distributions")
+    fit = client("flowjax.train").fit_to_data
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        key = jax.random.key(0)
+        flow = flows.masked_autoregressive_flow(
+            key, base_dist=distributions.Normal(jnp.zeros(2)), flow_layers=1, nn_width=8
+        )
+        data = normal(200, 2, seed=4) * jnp.array([0.3, 2.0]) + 1.0
+        _, losses = fit(
+            key,
+            flow,
+            data,
+            optimizer=optimizer,
+            max_epochs=6,
+            batch_size=50,
+            show_progress=False,
+        )
+        return losses["train"]
+
+    check(train, setting)
+
+
+@pytest.fixture
+def netket(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # It would switch on float64 for all tests.
+    monkeypatch.setenv("NETKET_ENABLE_X64", "0")
+    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    module = client("netket")
+    jax.config.update("jax_enable_x64", before)
+    return module
+
+
+def ground_state(nk: Any, dtype: Any, optimizer: Any, steps: int = 20) -> Any:
+    """Returns the energies of an Ising chain on the way to its ground state."""
+    hilbert = nk.hilbert.Spin(s=0.5, N=6)
+    hamiltonian = nk.operator.Ising(hilbert, nk.graph.Chain(6), h=1.0, dtype=dtype)
+    model = nk.models.RBM(alpha=4, param_dtype=dtype)
+    state = nk.vqs.FullSumState(hilbert, model, seed=0)
+    driver = nk.driver.VMC(hamiltonian, optimizer, variational_state=state)
+    energies: list[float] = []
+
+    def note(step: int, log: Any, driver: Any) -> bool:
+        energies.append(20.0 + float(np.real(driver.energy.mean)))  # above zero
+        return True
+
+    driver.run(steps, show_progress=False, callback=note)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(state.parameters))
+    return energies
+
+
+@IN_FLOAT32
+def test_netket_real(setting: Setting, netket: Any) -> None:
+    check(lambda optimizer, dtype: ground_state(netket, dtype, optimizer), setting)
+
+
+@IN_FLOAT32
+def test_netket_complex(setting: Setting, netket: Any) -> None:
+    split = optax.contrib.split_real_and_imaginary
+    with pytest.raises(ValueError, match="split_real_and_imaginary"):
+        ground_state(netket, jnp.complex64, setting.optimizer(), 1)
+    check(lambda o, _: ground_state(netket, jnp.complex64, split(o)), setting)
+
+
+@EACH_SETTING
+def test_penzai(setting: Setting) -> None:
+    pz = client("penzai.pz")
+    training = client("penzai.toolshed.basic_training")
+    mlp = client("penzai.models.simple_mlp").MLP
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        model = mlp.from_config(jax.random.key(0), [16, 32, 1])
+        for parameter in pz.unbind_params(model)[1]:
+            cast = jax.tree.map(lambda x: x.astype(dtype), parameter.value)
+            parameter.value = cast
+
+        def loss(model: Any, state: Any, rng: Any) -> Any:
+            x = pz.nx.wrap(X.astype(dtype)).tag("batch", "features")
+            found = model(x).unwrap("batch", "features")
+            value = mean_square(found)
+            return value, state, {"loss": value}
+
+        trainer = training.StatefulTrainer.build(
+            root_rng=jax.random.key(1),
+            model=model,
+            optimizer_def=optimizer,
+            loss_fn=loss,
+        )
+        return [trainer.step()["loss"] for _ in range(20)]
+
+    check(train, setting)
+
+
+@EACH_SETTING
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_tunix(setting: Setting, accumulated: int) -> None:
+    trainers = client("tunix.sft.peft_trainer")
+    nnx = client("flax.nnx")
+
+    class Model(nnx.Module):  # type: ignore[misc]
+        def __init__(self, dtype: Any) -> None:
+            rngs = nnx.Rngs(0)
+            self.first = nnx.Linear(16, 32, param_dtype=dtype, rngs=rngs)
+            self.last = nnx.Linear(32, 1, param_dtype=dtype, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.last(jnp.tanh(self.first(x)))
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        model = Model(dtype)
+        config = trainers.TrainingConfig(
+            eval_every_n_steps=1000,
+            max_steps=12,
+            gradient_accumulation_steps=accumulated,
+        )
+        trainer = trainers.PeftTrainer(model, optimizer, config)
+        trainer = trainer.with_loss_fn(lambda model, x: mean_square(model(x)))
+        trainer = trainer.with_gen_model_input_fn(lambda x: {"x": x})
+        before = mean_square(model(X))
+        trainer.train([X] * 12 * accumulated)
+        kernel = model.first.kernel[...]
+        assert kernel.dtype == dtype
+        return before, mean_square(model(X))
+
+    check(train, setting)
+
+
+@IN_FLOAT32
+def test_levanter(setting: Setting) -> None:
+    # A config of the user's own, as levanter's optimizers have, and its trainer state.
+    config = client("levanter.optim.config").OptimizerConfig
+    states = client("levanter.trainer_state")
+    hax = client("haliax")
+    inner, outer = hax.Axis("In", 16), hax.Axis("Out", 1)
+
+    @config.register_subclass(f"adam3_{setting.name}")
+    @dataclass(frozen=True)
+    class Adam3Config(config):  # type: ignore[misc, valid-type]
+        inner: Any = None
+
+        def build(self, num_train_steps: int) -> Any:
+            return self.inner
+
+    def train(optimizer: Any, dtype: Any) -> Any:
+        model = hax.nn.Linear.init(inner, outer, key=jax.random.key(0))
+        state = states.TrainerState.init(
+            Adam3Config(inner=optimizer).build(20),
+            model,
+            key=jax.random.key(1),
+            model_averaging=None,
+        )
+        eqx = client("equinox")
+
+        @eqx.filter_jit
+        def step(state: Any) -> Any:
+            def loss(model: Any) -> Any:
+                found = model(hax.named(X, (hax.Axis("B", 64), inner)))
+                return mean_square(found.array)
+
+            value, gradients = eqx.filter_value_and_grad(loss)(state.model)
+            state, _ = state.take_step(gradients, key=state.training_key, loss=value)
+            return state, value
+
+        for _ in range(20):
+            state, value = step(state)
+            yield value
+
+    check(train, setting)
+
+
+def test_levanter_decays_and_injects() -> None:
+    # The form of its own optimizers: a schedule injected, a mask for the decay.
+    config = client("levanter.optim.config").OptimizerConfig
+    hax = client("haliax")
+
+    @config.register_subclass("adam3_injected")
+    @dataclass(frozen=True)
+    class Adam3Config(config):  # type: ignore[misc, valid-type]
+        def build(self, num_train_steps: int) -> Any:
+            return optax.inject_hyperparams(adam3w, static_args="mask")(
+                self.lr_scheduler(num_train_steps),
+                weight_decay=self.weight_decay,
+                mask=self.build_weight_decay_mask(),
+            )
+
+    model = hax.nn.Linear.init(
+        hax.Axis("In", 16), hax.Axis("Out", 1), key=jax.random.key(0)
+    )
+    optimizer = Adam3Config(learning_rate=RATE, warmup=0.0).build(10)
+    zero = jax.tree.map(jnp.zeros_like, model)
+    updates, state = optimizer.update(zero, optimizer.init(model), model)
+    assert state.hyperparams["learning_rate"] == jnp.float32(RATE)
+    np.testing.assert_allclose(
+        updates.weight.array, -RATE * 0.1 * model.weight.array, rtol=1e-5
+    )
+    assert not updates.bias.array.any()
+
+
+def maxtext_config(**settings: Any) -> Any:
+    return SimpleNamespace(
+        opt_type="adamw",
+        adam_b1=0.9,
+        adam_b2=0.95,
+        adam_eps=1e-8,
+        adam_eps_root=0.0,
+        adam_weight_decay=0.1,
+        mu_dtype="float32",
+        adamw_mask=["bias"],
+        **settings,
+    )
+
+
+def test_maxtext_builds_it_in_place_of_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The line: MaxText calls optax.adamw by name, with mu_dtype.
+    helpers = client("maxtext.optimizers.optimizers")
+
+    def ours(*args: Any, mu_dtype: Any, **kwargs: Any) -> Any:
+        return adam3w(*args, m_dtype=mu_dtype, b3=0.9, **kwargs)
+
+    monkeypatch.setattr(helpers.optax, "adamw", ours)
+    config = maxtext_config(
+        skip_step_on_spikes=True, skip_step_interval=4, skip_step_scaling_factor=2.0
+    )
+    optimizer = helpers.get_optimizer(config, optax.constant_schedule(RATE))
+    params = {"kernel": normal(4, 8, seed=0), "bias": normal(8, seed=1)}
+    state = optimizer.init(params)
+    plain = adam3w(
+        RATE, 0.9, 0.95, b3=0.9, weight_decay=0.1, mask={"kernel": True, "bias": False}
+    )
+    alone = plain.init(params)
+    for loss in (1.0, 1.1, 0.9, 50.0):
+        g = jax.tree.map(lambda p: jnp.sin(7 * p), params)
+        updates, state = optimizer.update(g, state, params, loss=loss)
+        if loss < 50:
+            want, alone = plain.update(g, alone, params)
+        else:
+            want = jax.tree.map(jnp.zeros_like, g)
+        for name in params:
+            np.testing.assert_allclose(updates[name], want[name], rtol=1e-5)
+    assert bool(state["is_skipped"])
+
+
+def test_maxtext_shards_by_the_field_mu() -> None:
+    # Its ZeRO-1 looks for the first moment of Adam by the name of its class.
+    helpers = client("maxtext.utils.sharding")
+    where = {"params": {"kernel": "somewhere"}}
+
+    class Shardings(SimpleNamespace):
+        def replace(self, **changes: Any) -> Any:
+            return Shardings(**(vars(self) | changes))
+
+    config = SimpleNamespace(pure_nnx=False, shard_optimizer_over_data=True)
+    chain = adam3w(RATE).init({"kernel": jnp.ones((4, 4))})
+    state = (chain[0]._replace(m=where, v=where, s=where), *chain[1:])
+    with pytest.raises(NotImplementedError, match="Could not find optimizer state"):
+        helpers.maybe_update_params_sharding_with_opt(
+            config, Shardings(params=where, opt_state=state)
+        )
+    # The line: show it the shardings of m under the name it knows.
+    shown = optax.ScaleByAdamState(state[0].count, state[0].m, state[0].v)
+    _, found = helpers.maybe_update_params_sharding_with_opt(
+        config, Shardings(params=where, opt_state=(shown, *state[1:]))
+    )
+    assert found.params == where
