@@ -18,7 +18,10 @@ PEER := flashoptim-jax==0.1.0
 COMPILED ?= benchmarks/records/$(shell date -u +%F)_compiled
 export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
 
-.PHONY: help demo bench study compiled test-compiled test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
+# What `make release-check` installs the release on: one Python, or several.
+PYTHONS ?= 3.11 3.12 3.13
+
+.PHONY: help demo bench study compiled test-compiled test test-package test-oldest test-slow test-gpu mutants lint format docs check-links release-check wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
@@ -35,6 +38,9 @@ help:
 	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
 	@echo "make lint      lint and type-check alone"
 	@echo "make format    format the code"
+	@echo "make docs      build the site into site/, and check its links"
+	@echo "make check-links ask other hosts whether the site's links to them lead somewhere"
+	@echo "make release-check  build the release, and test it as installed (PYTHONS=3.11 for one Python)"
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what make made"
 	@echo "Variables: PYTHON=python3.13 VENV=.venv313; ARGS for the demo, as ARGS='--steps 200',"
@@ -113,11 +119,21 @@ format: $(STAMPS)/.dev
 	@"$(BIN)/ruff" check --fix --quiet
 	@"$(BIN)/ruff" format
 
+docs: $(STAMPS)/.docs
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs --quiet build --strict
+	@"$(BIN)/python" tools/check_site.py site
+
+check-links: docs
+	@"$(BIN)/python" tools/check_links.py site
+
+release-check: $(STAMPS)/.release
+	@"$(BIN)/python" tools/release_check.py --pythons $(PYTHONS) $(ARGS)
+
 wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 build dist site out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
@@ -141,6 +157,14 @@ $(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 
 $(STAMPS)/.test: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@$(PIP) -e '.[test]'
+	@touch "$@"
+
+$(STAMPS)/.docs: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
+	@$(PIP) -e '.[docs]'
+	@touch "$@"
+
+$(STAMPS)/.release: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
+	@$(PIP) -e '.[release]'
 	@touch "$@"
 
 $(STAMPS)/.dev: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
