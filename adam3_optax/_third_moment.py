@@ -19,9 +19,9 @@ class Statistics:
 
     Attributes:
         skewness: Median of |ŝ|/v̂^(3/2); of |ŝ|/v̂^(3/4) in the stabilized form.
-        skewness_tail: Its .999 quantile.
+        skewness_tail: Its 0.999 quantile.
         ratio: Median of |b_t|/|m̂|, the skewness term against the momentum.
-        ratio_tail: Its .999 quantile; inf where m̂ is 0 and b_t is not.
+        ratio_tail: Its 0.999 quantile; inf where m̂ is 0 and b_t is not.
         clipped: Share of elements whose term is clipped at tau.
         without_effect: Share of elements whose term is at most half a unit in the last
             place of m̂, so that m̂ + b_t rounds to m̂, or to its neighbour at most.
