@@ -8,7 +8,7 @@ EMPTY :=
 STAMPS := $(subst $(EMPTY) ,\ ,$(VENV))
 CONSTRAINTS ?= constraints.txt
 # What takes minutes and depends least on the versions of JAX and Optax.
-APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants
+APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants site
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -127,7 +127,8 @@ check-links: docs
 	@"$(BIN)/python" tools/check_links.py site
 
 release-check: $(STAMPS)/.release
-	@"$(BIN)/python" tools/release_check.py --pythons $(PYTHONS) $(ARGS)
+	@"$(BIN)/python" tools/release_check.py --pythons $(PYTHONS) \
+	  --apart $(APART) $(ARGS)
 
 wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -26,7 +27,8 @@ PUBLIC = [name for name in vars(adam3_optax) if not name.startswith("_")]
 def tool(name: str) -> ModuleType:
     """Returns a script of `tools/` as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -90,8 +92,6 @@ def test_largest_safe_b3_is_the_root_of_b2() -> None:
 
 
 def test_arguments_on_the_page_are_those_of_both_optimizers() -> None:
-    import inspect
-
     rows = cells("coming-from-adamw.md", "| `optax.adamw` | `adam3w` | note")
     theirs = re.findall(r"`(\w+)`", " ".join(row[0] for row in rows))
     assert set(theirs) == set(inspect.signature(optax.adamw).parameters)
@@ -126,7 +126,9 @@ def test_sample_of_the_source_has_the_cubic_step() -> None:
 def test_the_tool_sees_what_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     check = tool("check_site")
     page = tmp_path / "index.html"
-    page.write_text('<a href="https://example.org/x">x</a><p id="here"><a href="#here">')
+    page.write_text(
+        '<a href="https://example.org/x">x</a><p id="here"><a href="#here">'
+    )
     assert list(check.problems(tmp_path)) == []
     for wrong in (
         '<script src="https://example.org/x.js"></script>',
@@ -140,7 +142,9 @@ def test_the_tool_sees_what_is_loaded_from_elsewhere(tmp_path: Path) -> None:
         page.write_text(wrong)
         assert len(list(check.problems(tmp_path))) == 1, wrong
     page.write_text("")
-    (tmp_path / "x.css").write_text("a { background: url('https://example.org/x.png') }")
+    (tmp_path / "x.css").write_text(
+        "a { background: url('https://example.org/x.png') }"
+    )
     assert len(list(check.problems(tmp_path))) == 1
 
 

@@ -81,10 +81,12 @@ def problems(site: Path) -> Iterator[str]:
                 target /= "index.html"
             if not target.exists():
                 yield f"{name} links to {address}, which is not there"
-            elif parts.fragment and target in pages:
-                # The theme's own switches have anchors that start with two underscores.
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    yield f"{name} links to {address}, whose anchor is not there"
+            elif (
+                parts.fragment
+                and target in pages
+                and unquote(parts.fragment) not in pages[target].anchors
+            ):
+                yield f"{name} links to {address}, whose anchor is not there"
     for style in sorted(site.rglob("*.css")):
         for address in re.findall(r"url\(\s*['\"]?([^'\")]+)", style.read_text()):
             name = style.relative_to(site)

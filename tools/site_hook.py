@@ -50,7 +50,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages from elsewhere, and the images that pages show from elsewhere."""
     for name, path in PAGES.items():
         source = ROOT / path
-        text = _from_notebook(source, files, config) if source.suffix == ".ipynb" else ""
+        text = (
+            _from_notebook(source, files, config) if source.suffix == ".ipynb" else ""
+        )
         files.append(File.generated(config, name, content=text or source.read_text()))
     for file in files.documentation_pages():
         folder = _folder(file.src_uri)
@@ -59,9 +61,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if image.suffix in IMAGES and not image.is_relative_to(ROOT / "docs"):
                 uri = image.relative_to(ROOT).as_posix()
                 if files.get_file_from_path(uri) is None and image.exists():
-                    files.append(
-                        File.generated(config, uri, abs_src_path=str(image))
-                    )
+                    files.append(File.generated(config, uri, abs_src_path=str(image)))
     return files
 
 
