@@ -21,7 +21,7 @@ export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
 # What `make release-check` installs the release on: one Python, or several.
 PYTHONS ?= 3.11 3.12 3.13
 
-.PHONY: help demo bench study compiled test-compiled test test-package test-oldest test-slow test-gpu mutants lint format docs check-links release-check wheel clean
+.PHONY: help demo bench study compiled test-compiled test test-package test-oldest test-newest test-slow test-gpu mutants lint format docs check-links release-check wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test      lint, type-check and run every test"
 	@echo "make test-package run the tests of the package alone, without lint"
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
+	@echo "make test-newest  the same with the newest ones that can be installed, whatever is pinned"
 	@echo "make test-slow run the tests that take minutes each"
 	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
 	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
@@ -91,6 +92,10 @@ test-package: $(STAMPS)/.test
 test-oldest:
 	@$(MAKE) --no-print-directory test-package VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+# Without constraints, in an environment of its own.
+test-newest:
+	@$(MAKE) --no-print-directory test-package VENV=.venv-newest CONSTRAINTS=/dev/null
+
 test-slow: $(STAMPS)/.dev
 	@"$(BIN)/python" -m pytest -q -n 2 -m slow
 	@$(MAKE) --no-print-directory test-compiled COMPILERS=cuda13
@@ -134,7 +139,7 @@ wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 build dist site out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-newest .venv-tpu .venv-cuda13 build dist site out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \

@@ -40,7 +40,9 @@ def main() -> None:
         for address in Document(page.read_text()).linked:
             if is_elsewhere(address):
                 addresses.setdefault(address.split("#")[0], page.name)
-    found = [f"{page} links to {p}" for a, page in addresses.items() if (p := problem(a))]
+    found = [
+        f"{page} links to {p}" for a, page in addresses.items() if (p := problem(a))
+    ]
     print(*found, sep="\n", end="\n" if found else "")
     if found:
         sys.exit(f"{len(found)} of {len(addresses)} addresses lead nowhere")
