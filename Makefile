@@ -8,7 +8,7 @@ EMPTY :=
 STAMPS := $(subst $(EMPTY) ,\ ,$(VENV))
 CONSTRAINTS ?= constraints.txt
 # What takes minutes and depends least on the versions of JAX and Optax.
-APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants clients
+APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants clients site
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -26,7 +26,10 @@ CLIENTS_PYTHON ?= $(firstword $(foreach python,python3.12 python3.13 \
   $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python $(HOME)/.pyenv/versions/3.13*/bin/python), \
   $(shell $(python) -c "print('$(python)')" 2>/dev/null)) $(PYTHON))
 
-.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-slow test-gpu mutants lint format wheel clean
+# What `make release-check` installs the release on: one Python, or several.
+PYTHONS ?= 3.11 3.12 3.13
+
+.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-gpu mutants lint format docs check-links release-check wheel clean
 
 help:
 	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
@@ -38,6 +41,7 @@ help:
 	@echo "make test      lint, type-check and run every test"
 	@echo "make test-package run the tests of the package alone, without lint"
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
+	@echo "make test-newest  the same with the newest ones that can be installed, whatever is pinned"
 	@echo "make test-slow run the tests that take minutes each"
 	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
 	@echo "make test-clients run the optimizer in libraries that take one of Optax's, and record it in"
@@ -46,6 +50,9 @@ help:
 	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
 	@echo "make lint      lint and type-check alone"
 	@echo "make format    format the code"
+	@echo "make docs      build the site into site/, and check its links"
+	@echo "make check-links ask other hosts whether the site's links to them lead somewhere"
+	@echo "make release-check  build the release, and test it as installed (PYTHONS=3.11 for one Python)"
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what make made"
 	@echo "Variables: PYTHON=python3.13 VENV=.venv313; ARGS for the demo, as ARGS='--steps 200',"
@@ -112,6 +119,10 @@ test-package: $(STAMPS)/.test
 test-oldest:
 	@$(MAKE) --no-print-directory test-package VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+# Without constraints, in an environment of its own.
+test-newest:
+	@$(MAKE) --no-print-directory test-package VENV=.venv-newest CONSTRAINTS=/dev/null
+
 test-slow: $(STAMPS)/.dev
 	@"$(BIN)/python" -m pytest -q -n 2 -m slow
 	@$(MAKE) --no-print-directory test-compiled COMPILERS=cuda13
@@ -140,11 +151,22 @@ format: $(STAMPS)/.dev
 	@"$(BIN)/ruff" check --fix --quiet
 	@"$(BIN)/ruff" format
 
+docs: $(STAMPS)/.docs
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs --quiet build --strict
+	@"$(BIN)/python" tools/check_site.py site
+
+check-links: docs
+	@"$(BIN)/python" tools/check_links.py site
+
+release-check: $(STAMPS)/.release
+	@"$(BIN)/python" tools/release_check.py --pythons $(PYTHONS) \
+	  --apart $(APART) $(ARGS)
+
 wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel
 
 clean:
-	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-tpu .venv-cuda13 .venv-clients build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv .venv313 .venv-oldest .venv-newest .venv-tpu .venv-cuda13 .venv-clients build dist site out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMPS)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
@@ -172,6 +194,14 @@ $(STAMPS)/.bench: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 
 $(STAMPS)/.test: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@$(PIP) -e '.[test]'
+	@touch "$@"
+
+$(STAMPS)/.docs: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
+	@$(PIP) -e '.[docs]'
+	@touch "$@"
+
+$(STAMPS)/.release: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
+	@$(PIP) -e '.[release]'
 	@touch "$@"
 
 $(STAMPS)/.dev: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
