@@ -19,7 +19,9 @@ DISTANCE = 9.0  # of two centres, in standard deviations of a cluster
 Data = tuple[jax.Array, jax.Array]
 
 keys = jax.random.split(jax.random.key(0), 5)
-centres = jax.random.normal(keys[0], (CLASSES, FEATURES)) * DISTANCE / (2 * FEATURES) ** 0.5
+centres = (
+    jax.random.normal(keys[0], (CLASSES, FEATURES)) * DISTANCE / (2 * FEATURES) ** 0.5
+)
 frequencies = 1 / jnp.arange(1, CLASSES + 1)
 
 

@@ -102,6 +102,26 @@ def test_verdict(difference: float, p: float, p_equivalence: float, said: str) -
     assert part("statistics").verdict(difference, p, p_equivalence, 0.05) == said
 
 
+def test_the_best_of_fewer_settings_against_all_draws() -> None:
+    effort = part("effort")
+    losses = [3.0, None, 1.0, 2.0, 5.0, 1.5]
+    for count in (2, 3, 6):
+        draws = itertools.combinations(
+            [math.inf if x is None else x for x in losses], count
+        )
+        want = np.mean([min(draw) for draw in draws])
+        assert effort.best_of(losses, count) == pytest.approx(want)
+    assert effort.best_of(losses, 1) is None  # which may be the one that diverged
+
+
+def test_settings_against_settings_by_hand() -> None:
+    effort = part("effort")
+    ours, theirs = [1.0, 3.0, None, None, 2.0], [2.0, 2.0, 1.0, None, None]
+    better, median = effort.matched(ours, theirs)
+    assert better == 0.5  # the first and the last of four
+    assert median == pytest.approx((-0.5 + 0.5) / 2)
+
+
 def test_steps_to_the_baseline() -> None:
     steps_to = part("statistics").steps_to
     assert steps_to(1.5, [3.0, 2.0, 1.0, 0.5], 400) == 250

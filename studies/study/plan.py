@@ -390,29 +390,41 @@ class Best(NamedTuple):
         return [name for name, x in found if not EDGE <= x <= 1 - EDGE]
 
 
+def tuned(
+    study: Study, record: Record, corpus: str, task: str, arm: str
+) -> list[tuple[Numbers, float | None]]:
+    """Returns the settings of an arm's tuning, in the order of the design.
+
+    Each comes with its mean loss over the seeds; None where a run diverged.
+
+    Raises:
+        KeyError: A trial is not in the record.
+    """
+    rule, found = study.arms[arm]["rule"], []
+    for h in settings(study, task, arm):
+        trials = [
+            Trial("tune", task, arm, rule, h, x) for x in study.tuning_seeds(task)
+        ]
+        losses = [record.rows[study.key(x, corpus)]["final"] for x in trials]
+        found.append((h, None if None in losses else sum(losses) / len(losses)))
+    return found
+
+
 def best(study: Study, record: Record, corpus: str, task: str, arm: str) -> Best:
     """Returns the best of an arm's tuning.
 
     Raises:
         KeyError: A trial is not in the record.
     """
-    rule = study.arms[arm]["rule"]
-    tried, diverged = [], 0
-    for h in settings(study, task, arm):
-        trials = [
-            Trial("tune", task, arm, rule, h, x) for x in study.tuning_seeds(task)
-        ]
-        losses = [record.rows[study.key(x, corpus)]["final"] for x in trials]
-        if None in losses:
-            diverged += 1
-        else:
-            tried.append((sum(losses) / len(losses), h))
+    found = tuned(study, record, corpus, task, arm)
+    tried = [(loss, h) for h, loss in found if loss is not None]
+    diverged = len(found) - len(tried)
     if not tried:
         return Best(None, None, {}, diverged)
     loss, h = min(tried, key=lambda x: x[0])
     ranges = ranges_of(study, task, arm)
-    tuned = {x: ranges[x] for x in h if isinstance(ranges[x], list)}
-    positions = {x: position(x, ends, h[x]) for x, ends in tuned.items()}
+    chosen = {x: ranges[x] for x in h if isinstance(ranges[x], list)}
+    positions = {x: position(x, ends, h[x]) for x, ends in chosen.items()}
     return Best(h, loss, positions, diverged)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from study import drawing, plan, tasks
+from study import drawing, effort, plan, tasks
 from study.markdown import table
 from study.plan import Study, Trial
 from study.record import Record, Row, read_environment
@@ -65,6 +65,7 @@ def results(study: Study, record: Record, corpus: str) -> dict[str, Any]:
         "alpha": study.alpha,
         "tuning_trials": study.tuning["trials"],
         "arms": rows,
+        "effort": _effort(study, record, corpus),
         "primary_arm": study.primary.get("arm"),
         "primary": _primary(rows, study),
         "sweeps": {
@@ -134,6 +135,23 @@ def _arm(
             found = compare(ours, theirs, margin)._asdict()
             row["metrics"][name] = {"margin": margin, **found}
     return row
+
+
+def _effort(study: Study, record: Record, corpus: str) -> list[Row]:
+    """Returns what fewer settings would have found, and settings against settings."""
+    rows = []
+    for task in study.tuned_tasks():
+        losses = {
+            arm: [loss for _, loss in plan.tuned(study, record, corpus, task, arm)]
+            for arm in study.arms
+        }
+        for arm, mine in losses.items():
+            better, middle = effort.matched(mine, losses[study.baseline])
+            row = {"task": task, "arm": arm, "better": better, "median": middle}
+            counts = [x for x in effort.COUNTS if x < len(mine)]
+            row["best_of"] = {x: effort.best_of(mine, x) for x in (*counts, len(mine))}
+            rows.append(row)
+    return rows
 
 
 def _last(rows: Iterable[Row], name: str) -> list[float | None]:
@@ -334,6 +352,14 @@ def sections(found: dict[str, Any]) -> list[str]:
             table(CLASS_MEANS, _class_means(found)),
         ]
     parts += [
+        "## Fewer settings, and settings as they are",
+        "Expected loss in tuning of the best of so many settings, against the same of "
+        f"{found['baseline']}. And how often an arm's loss is lower than that of "
+        f"{found['baseline']} with the same learning rate, warm-up, b2, decay, b1 and "
+        "eps, where both have them; the median of the relative difference.",
+        table(*_effort_cells(found)),
+    ]
+    parts += [
         "## Edges",
         f"Numbers of the best settings in an outer {plan.EDGE:.0%} of their range, as "
         "it is drawn (0% and 100% are its ends).",
@@ -491,6 +517,28 @@ def _class_means(found: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return cells
+
+
+def _effort_cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of the table of effort."""
+    rows = [x for x in found["effort"] if x["arm"] != found["baseline"]]
+    bases = {
+        x["task"]: x["best_of"]
+        for x in found["effort"]
+        if x["arm"] == found["baseline"]
+    }
+    counts = list(next(iter(bases.values())))
+    head = ["task", "arm", *(f"best of {x}" for x in counts)]
+    head += ["settings that are better", "median difference"]
+    cells = []
+    for row in rows:
+        pairs = [(row["best_of"][x], bases[row["task"]][x]) for x in counts]
+        ratios = [None if None in pair else pair[0] / pair[1] - 1 for pair in pairs]
+        numbers = [*(_number(x, "+.1%") for x in ratios), f"{row['better']:.0%}"]
+        cells.append(
+            [row["task"], row["arm"], *numbers, _number(row["median"], "+.1%")]
+        )
+    return head, cells
 
 
 def _edges(found: dict[str, Any]) -> list[list[str]]:
