@@ -19,7 +19,7 @@ def rows() -> list[list[str]]:
     return [row for row in cells if "`test_" in row[-1]]
 
 
-def tests_in(name: str) -> set[str]:
+def functions_of(name: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / f"{name}.py").read_text())
     functions = (x for x in tree.body if isinstance(x, ast.FunctionDef))
     return {x.name for x in functions if x.name.startswith("test_")}
@@ -27,7 +27,7 @@ def tests_in(name: str) -> set[str]:
 
 def test_every_row_has_a_verdict_and_names_tests_that_exist() -> None:
     files = [path.stem for path in (ROOT / "tests").glob("test_*.py")]
-    known = set.union(*map(tests_in, files))
+    known = set.union(*map(functions_of, files))
     assert len(rows()) >= 20 + 18
     for row in rows():
         assert row[2].startswith(VERDICTS), row
@@ -38,7 +38,7 @@ def test_every_row_has_a_verdict_and_names_tests_that_exist() -> None:
 def test_every_test_of_a_client_has_a_row() -> None:
     named = {name for row in rows() for name in re.findall(r"`(test_\w+)", row[-1])}
     for file in OF_CLIENTS:
-        assert tests_in(file) <= named, tests_in(file) - named
+        assert functions_of(file) <= named, functions_of(file) - named
 
 
 def test_every_wrapper_has_a_row() -> None:
@@ -55,7 +55,7 @@ def test_the_page_says_what_the_record_says() -> None:
     ran = {name.partition("[")[0] for name in RECORD["tests"]}
     for row in rows():
         names = set(re.findall(r"`(test_\w+)", row[-1]))
-        if names & tests_in("test_clients"):
+        if names & functions_of("test_clients"):
             assert (names <= ran) == (not row[2].startswith("not run")), row
             for name in re.findall(r"`([\w-]+)`", row[0]):
                 assert row[1] == RECORD["versions"].get(name, row[1]), row
