@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.linen.spmd import logical_to_mesh_sharding
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -52,7 +53,7 @@ def unboxed(tree: Any) -> Any:
     def is_box(x: Any) -> bool:
         return isinstance(x, nn.LogicallyPartitioned)
 
-    return jax.tree.map(lambda x: x.unbox() if is_box(x) else x, tree, is_leaf=is_box)
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 
 # MaxText: a TrainState that is never whole on one device, sharded by its boxes.
@@ -86,7 +87,7 @@ def test_maxtext_state(setting: Setting, zero_1: bool) -> None:
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         shapes = jax.eval_shape(init, jax.random.key(0))
         specs = nn.get_partition_spec(shapes)
-        where = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+        where = logical_to_mesh_sharding(specs, mesh, RULES)
         if zero_1:
             split = jax.tree.map(
                 split_over_data, unboxed(shapes).opt_state, where.opt_state
@@ -184,7 +185,8 @@ def test_big_vision(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     @functools.partial(jax.jit, out_shardings=(where, None), donate_argnums=0)
     def step(state: Any) -> Any:
         def loss(params: Any) -> jax.Array:
-            return jnp.mean((model.apply({"params": params}, X) - Y) ** 2)
+            y: Any = model.apply({"params": params}, X)
+            return jnp.mean((y - Y) ** 2)
 
         value, gradients = jax.value_and_grad(loss)(state["params"])
         updates, opt = optimizer.update(gradients, state["opt"], state["params"])
@@ -231,7 +233,8 @@ def test_purejaxrl(setting: Setting) -> None:
         )
 
         def loss(params: Any, x: Any, action: Any, reward: Any) -> jax.Array:
-            logits = jax.nn.log_softmax(policy.apply(params, x).astype(F32))
+            logits: Any = policy.apply(params, x)
+            logits = jax.nn.log_softmax(logits.astype(F32))
             chosen = jnp.take_along_axis(logits, action[:, None], 1)[:, 0]
             return -jnp.mean(chosen * (reward - reward.mean()))
 
@@ -243,7 +246,8 @@ def test_purejaxrl(setting: Setting) -> None:
             state, key = carry
             key, seen, acted = jax.random.split(key, 3)
             x = jax.random.normal(seen, (64, 16))
-            action = jax.random.categorical(acted, policy.apply(state.params, x))
+            logits: Any = policy.apply(state.params, x)
+            action = jax.random.categorical(acted, logits)
             reward = (action == jnp.argmax(x[:, :4], 1)).astype(F32)
             split = jax.tree.map(
                 lambda a: a.reshape(4, 16, *a.shape[1:]), (x, action, reward)
@@ -267,6 +271,6 @@ def test_adam3_and_its_shardings_fit_a_boxed_state() -> None:
     mesh, optimizer = mesh_of("data", "fsdp", "tensor"), adam3w(RATE)
     shapes = jax.eval_shape(Boxed().init, jax.random.key(0), X)
     specs = nn.get_partition_spec(jax.eval_shape(optimizer.init, shapes))
-    where = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-    params = nn.logical_to_mesh_sharding(nn.get_partition_spec(shapes), mesh, RULES)
+    where = logical_to_mesh_sharding(specs, mesh, RULES)
+    params = logical_to_mesh_sharding(nn.get_partition_spec(shapes), mesh, RULES)
     assert state_shardings(optimizer, unboxed(shapes), params)[0].m == where[0].m

@@ -327,7 +327,7 @@ def test_penzai(setting: Setting) -> None:
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_tunix(setting: Setting, accumulated: int) -> None:
     trainers = client("tunix.sft.peft_trainer")
-    nnx = client("flax.nnx")
+    nnx: Any = client("flax.nnx")
 
     class Model(nnx.Module):  # type: ignore[misc]
         def __init__(self, dtype: Any) -> None:
@@ -383,7 +383,7 @@ def test_levanter(setting: Setting) -> None:
         )
         eqx = client("equinox")
 
-        @eqx.filter_jit
+        @eqx.filter_jit  # type: ignore[untyped-decorator]
         def step(state: Any) -> Any:
             def loss(model: Any) -> Any:
                 found = model(hax.named(X, (hax.Axis("B", 64), inner)))
