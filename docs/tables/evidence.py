@@ -1,6 +1,7 @@
-"""The table of a study in docs/evidence.md.
+"""The tables of a study in docs/evidence.md.
 
-Differences are in per cent of the baseline's mean loss.
+Differences of losses are in per cent of the baseline's mean loss; those of errors are
+in points of the error.
 """
 
 import json
@@ -9,13 +10,24 @@ from typing import Any
 
 from studies.study.markdown import table
 
+Row = dict[str, Any]
 
-def cell(row: dict[str, Any], base: float) -> str:
-    """Returns an arm's difference, its interval, Holm's p and the verdict."""
-    if "difference" not in row:
-        return f"loss {base:.4f}" if row["verdict"] == "baseline" else row["verdict"]
+
+def tables(folder: Path) -> list[str]:
+    """Returns all tables of a study's record; the primary comparison first."""
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    parts = [every_arm(found)]
+    if found["primary"]:
+        parts = [primary(found), *parts, by_class(found), fewer(found), edges(found)]
+    if found.get("class_means"):
+        parts.append(without_training(found))
+    return [part for part in parts if part]
+
+
+def shown(row: Row, base: float, digits: int = 2) -> str:
+    """Returns a difference in per cent of a base, its interval, p and the verdict."""
     middle, low, high = (
-        f"{100 * x / base:+.2f}" for x in (row["difference"], *row["interval"])
+        f"{100 * x / base:+.{digits}f}" for x in (row["difference"], *row["interval"])
     )
     verdict = row["verdict"].replace(", within the margin", ", within margin")
     text = f"{middle} ({low} to {high}), p {row['holm_p']:.1g}: {verdict}"
@@ -23,12 +35,109 @@ def cell(row: dict[str, Any], base: float) -> str:
     return f"**{text}**" if strong else text
 
 
-def tables(folder: Path) -> list[str]:
-    """Returns the table in Markdown: a row an arm, a column a task."""
-    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def every_arm(found: Row) -> str:
+    """Returns a row an arm, and a column a task."""
     rows = {(x["arm"], x["task"]): x for x in found["arms"]}
     arms = list(dict.fromkeys(arm for arm, _ in rows))
     tasks = list(dict.fromkeys(task for _, task in rows))
     losses = {task: rows[found["baseline"], task]["final"] for task in tasks}
-    cells = [[arm, *(cell(rows[arm, x], losses[x]) for x in tasks)] for arm in arms]
-    return [table(["minus AdamW's loss, %", *tasks], cells)]
+
+    def cell(arm: str, task: str) -> str:
+        row = rows[arm, task]
+        if "difference" in row:
+            return shown(row, losses[task])
+        is_base = row["verdict"] == "baseline"
+        return f"loss {losses[task]:.4f}" if is_base else row["verdict"]
+
+    cells = [[arm, *(cell(arm, task) for task in tasks)] for arm in arms]
+    return table(["minus AdamW's loss, %", *tasks], cells)
+
+
+def primary(found: Row) -> str:
+    """Returns the comparison that was fixed before the runs: loss, then error."""
+    rows = {(x["metric"], x["task"]): x for x in found["primary"]}
+    arm = found["primary_arm"]
+    head = ["task", "AdamW's loss", f"{arm} minus it, %"]
+    head += ["AdamW's error", f"{arm} minus it, points"]
+    cells = []
+    for task in dict.fromkeys(x["task"] for x in found["primary"]):
+        loss, error = rows["loss", task], rows["error", task]
+        line = [task, f"{loss['baseline']:.4f}", shown(loss, loss["baseline"])]
+        if "difference" in error:
+            line += [f"{error['baseline']:.2%}", shown(error, 1.0)]
+        cells.append([*line, *[""] * (len(head) - len(line))])
+    return table(head, cells)
+
+
+def by_class(found: Row) -> str | None:
+    """Returns errors of rare and of frequent classes; None where there are none."""
+    rows = {(x["arm"], x["task"]): x for x in found["arms"]}
+    arm, head, cells = found["primary_arm"], ["task"], []
+    for name in ("rare", "frequent"):
+        head += [f"{name}: AdamW's error", f"{arm} minus it, points (95%)"]
+    for task in dict.fromkeys(task for _, task in rows):
+        base, mine = rows[found["baseline"], task], rows[arm, task]
+        if "error_rare" not in base:
+            return None
+        line = [task]
+        for name in ("error_rare", "error_frequent"):
+            measured = mine["metrics"][name]
+            middle, low, high = (
+                f"{100 * x:+.2f}"
+                for x in (measured["difference"], *measured["interval"])
+            )
+            line += [f"{base[name]:.2%}", f"{middle} ({low} to {high})"]
+        cells.append(line)
+    return table(head, cells)
+
+
+def fewer(found: Row) -> str:
+    """Returns what fewer settings would have found for the primary arm."""
+    of_arm = {(x["arm"], x["task"]): x for x in found["effort"]}
+    arm, cells, counts = found["primary_arm"], [], list(found["effort"][0]["best_of"])
+    for task in dict.fromkeys(x["task"] for x in found["effort"]):
+        base, mine = of_arm[found["baseline"], task], of_arm[arm, task]
+        ratios = [mine["best_of"][x] / base["best_of"][x] - 1 for x in counts]
+        ends = f"{mine['better']:.0%}", f"{mine['median']:+.1%}"
+        cells.append([task, *(f"{x:+.1%}" for x in ratios), *ends])
+    head = ["task", *(f"best of {x}" for x in counts)]
+    return table([*head, "settings that are better", "median difference"], cells)
+
+
+def edges(found: Row) -> str:
+    """Returns the numbers of best settings in an outer tenth of their range."""
+    chosen = found["baseline"], found["primary_arm"]
+    rows = {(x["arm"], x["task"]): x for x in found["arms"]}
+
+    def cell(row: Row) -> str:
+        numbers = (
+            f"{x} {row['h'][x]:.2g} ({row['positions'][x]:.0%})" for x in row["edges"]
+        )
+        return ", ".join(numbers) or "none"
+
+    tasks = dict.fromkeys(task for _, task in rows)
+    cells = [[task, *(cell(rows[arm, task]) for arm in chosen)] for task in tasks]
+    return table(["numbers at an edge", *chosen], cells)
+
+
+def without_training(found: Row) -> str:
+    """Returns class means beside AdamW and the best arm that was trained."""
+    cells = []
+    for task, means in found["class_means"].items():
+        trained = [x for x in found["arms"] if x["task"] == task]
+        base = next(x for x in trained if x["arm"] == found["baseline"])
+        best = min(trained, key=lambda x: x["final"])
+        loss, error = (sum(means[x]) / len(means[x]) for x in ("loss", "error"))
+        cells.append(
+            [
+                task,
+                f"{loss:.4f}",
+                f"{base['final']:.4f}",
+                f"{best['final']:.4f} ({best['arm']})",
+                f"{error:.2%}",
+                f"{base['error']:.2%}",
+                f"{best['error']:.2%}",
+            ]
+        )
+    head = ["task", "class means: loss", "AdamW", "best trained arm"]
+    return table([*head, "class means: error", "AdamW", "best trained arm"], cells)
