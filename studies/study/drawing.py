@@ -193,7 +193,7 @@ def _ratio(found: Found, finals: list[Found]) -> Figure:
 
 def _over_training(panel: Panel, arm: str, place: int, values: np.ndarray) -> None:
     """Draws a curve; markers of arms that coincide stand beside each other."""
-    style = _style(arm, place) | {"markevery": (place % 6, 6)}
+    style = _style(arm, place) | {"markevery": (place % 8, 8)}
     panel.plot(_shares(len(values)), values, label=arm, **style)
     panel.set_xlabel("share of the steps")
 
