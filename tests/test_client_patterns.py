@@ -7,9 +7,9 @@ docs/clients.md names.
 import functools
 import operator
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +25,11 @@ from tests.clients import EACH_SETTING, RATE, Setting, X, Y
 from tests.settings import F32, moments
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+nn: Any = import_module("flax.linen")  # not all of it is typed as exported
 RULES = (("embed", "fsdp"), ("mlp", "tensor"))
 
 
-class Boxed(nn.Module):
+class Boxed(nn.Module):  # type: ignore[misc]
     """Two layers whose parameters say by logical names how they are split."""
 
     dtype: Any = F32

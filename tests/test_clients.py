@@ -329,7 +329,7 @@ def test_tunix(setting: Setting, accumulated: int) -> None:
     trainers = client("tunix.sft.peft_trainer")
     nnx = client("flax.nnx")
 
-    class Model(nnx.Module):  # type: ignore[misc]
+    class Model(nnx.Module):  # type: ignore[misc, name-defined]
         def __init__(self, dtype: Any) -> None:
             rngs = nnx.Rngs(0)
             self.first = nnx.Linear(16, 32, param_dtype=dtype, rngs=rngs)
@@ -383,7 +383,7 @@ def test_levanter(setting: Setting) -> None:
         )
         eqx = client("equinox")
 
-        @eqx.filter_jit
+        @eqx.filter_jit  # type: ignore[untyped-decorator]
         def step(state: Any) -> Any:
             def loss(model: Any) -> Any:
                 found = model(hax.named(X, (hax.Axis("B", 64), inner)))
