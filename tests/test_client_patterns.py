@@ -34,7 +34,7 @@ class Boxed(nn.Module):  # type: ignore[misc]
 
     dtype: Any = F32
 
-    @nn.compact
+    @nn.compact  # type: ignore[untyped-decorator]
     def __call__(self, x: jax.Array) -> jax.Array:
         def named(*names: str | None) -> Any:
             return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
