@@ -7,9 +7,9 @@ docs/clients.md names.
 import functools
 import operator
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +26,16 @@ from tests.clients import EACH_SETTING, RATE, Setting, X, Y
 from tests.settings import F32, moments
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+nn: Any = import_module("flax.linen")  # not all of it is typed as exported
 RULES = (("embed", "fsdp"), ("mlp", "tensor"))
 
 
-class Boxed(nn.Module):
+class Boxed(nn.Module):  # type: ignore[misc]
     """Two layers whose parameters say by logical names how they are split."""
 
     dtype: Any = F32
 
-    @nn.compact
+    @nn.compact  # type: ignore[untyped-decorator]
     def __call__(self, x: jax.Array) -> jax.Array:
         def named(*names: str | None) -> Any:
             return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)

@@ -100,7 +100,6 @@ WRAPPERS: dict[str, Wrapper] = {
     "conditionally_transform": lambda o: optax.conditionally_transform(
         o, lambda step: step < 2
     ),
-    "ema": lambda o: optax.chain(o, optax.ema(0.5)),
     "keep_params_nonnegative": lambda o: optax.chain(
         o, optax.keep_params_nonnegative()
     ),
@@ -111,9 +110,6 @@ WRAPPERS: dict[str, Wrapper] = {
     "apply_every": lambda o: optax.chain(o, optax.apply_every(2)),
     "add_noise": lambda o: optax.chain(
         optax.add_noise(0.01, 0.55, jax.random.key(0)), o
-    ),
-    "sam": lambda o: optax.contrib.sam(
-        o, optax.chain(optax.contrib.normalize(), optax.sgd(0.05)), reset_state=False
     ),
 }
 if hasattr(optax, "monitor"):  # Optax 0.2.6 has none
