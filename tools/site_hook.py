@@ -101,7 +101,8 @@ def _folder(uri: str) -> Path:
 
 def _from_notebook(path: Path, files: Files, config: MkDocsConfig) -> str:
     """Returns a notebook as Markdown, with its stored output; adds its pictures."""
-    parts = []
+    # Its code would crowd out the pages of words in the search.
+    parts = ["---\nsearch:\n  boost: 0.2\n---"]
     for number, cell in enumerate(json.loads(path.read_text())["cells"]):
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
