@@ -329,7 +329,7 @@ def test_tunix(setting: Setting, accumulated: int) -> None:
     trainers = client("tunix.sft.peft_trainer")
     nnx: Any = client("flax.nnx")
 
-    class Model(nnx.Module):  # type: ignore[misc, name-defined]
+    class Model(nnx.Module):  # type: ignore[misc]
         def __init__(self, dtype: Any) -> None:
             rngs = nnx.Rngs(0)
             self.first = nnx.Linear(16, 32, param_dtype=dtype, rngs=rngs)
