@@ -32,7 +32,7 @@ PYTHONS ?= 3.11 3.12 3.13
 .PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-gpu mutants lint format docs check-links release-check wheel clean
 
 help:
-	@echo "make demo      train a small language model with AdaM3 and with AdamW (minutes)"
+	@echo "make demo      train a language model and a classifier with AdaM3 and AdamW (minutes)"
 	@echo "make bench     measure time and memory of a step against Optax's (a quarter hour)"
 	@echo "make study     compare AdaM3 with other optimizers, tuned alike (hours; goes on if stopped)"
 	@echo "make records   draw the tables and figures of all records again, and those of docs/"
@@ -62,6 +62,8 @@ help:
 
 demo: $(STAMPS)/.examples
 	@"$(BIN)/python" examples/char_lm.py $(ARGS)
+	@echo "Next: a small classifier with rare classes, on which the third moment acts."
+	@"$(BIN)/python" examples/rare_classes.py
 
 bench: $(STAMPS)/.bench
 	@"$(BIN)/python" benchmarks/step_time.py --out "$(RECORD)" $(ARGS)

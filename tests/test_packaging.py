@@ -55,7 +55,7 @@ def test_source_distribution_leaves_records_out(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
-    assert {"adam3_optax/__init__.py", "studies/compare.py"} <= {*names}
+    assert {"adam3_optax/__init__.py", "tools/long_description.py"} <= {*names}
     assert not [name for name in names if "/records/" in name]
     assert path.stat().st_size < 1e6
 
