@@ -256,6 +256,15 @@ def test_low_precision_state_costs_no_accuracy_here(tmp_path: Path) -> None:
         assert loss == pytest.approx(exact, rel=0.02)
 
 
+def test_rare_classes_gain_what_frequent_ones_pay(tmp_path: Path) -> None:
+    _, *rows = run(tmp_path, "rare_classes.py").splitlines()
+    numbers = [[float(x) for x in re.findall(r"[\d.]+", row[16:])] for row in rows]
+    (adamw, *_), (*_, most) = numbers, numbers
+    assert len(numbers) == 4
+    assert most[2] < adamw[2] - 5  # errors on rare classes
+    assert most[3] > adamw[3]
+
+
 def test_bfloat16_parameters_learn_as_float32_ones(tmp_path: Path) -> None:
     _, *rows, last = run(tmp_path, "bfloat16_parameters.py").splitlines()
     found = {row[:15].strip(): row[15:].split() for row in rows}
