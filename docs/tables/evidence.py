@@ -111,7 +111,7 @@ def edges(found: Row) -> str:
 
     def cell(row: Row) -> str:
         numbers = (
-            f"{x} {row['h'][x]:.2g} ({row['positions'][x]:.0%})" for x in row["edges"]
+            f"{x} {row['h'][x]:.3g} ({row['positions'][x]:.0%})" for x in row["edges"]
         )
         return ", ".join(numbers) or "none"
 
