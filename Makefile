@@ -22,9 +22,7 @@ export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
 CLIENTS ?= dm-haiku keras numpyro optimistix jaxopt blackjax flowjax netket penzai
 CLIENTS_RECORD ?= tests/clients_record.json
 # JAX 0.12 needs Python 3.12 or newer.
-CLIENTS_PYTHON ?= $(firstword $(foreach python,python3.12 python3.13 \
-  $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python $(HOME)/.pyenv/versions/3.13*/bin/python), \
-  $(shell $(python) -c "print('$(python)')" 2>/dev/null)) $(PYTHON))
+CLIENTS_PYTHON ?= $(or $(shell $(PYTHON) tools/interpreter.py 3.12),$(PYTHON))
 
 # What `make release-check` installs the release on: one Python, or several.
 PYTHONS ?= 3.11 3.12 3.13

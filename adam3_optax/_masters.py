@@ -11,8 +11,6 @@ from adam3_optax._bfloat16 import BFloat16ParametersState, check_fits, is_narrow
 from adam3_optax._states import find
 from adam3_optax._transform import check_not_stacked
 
-F32 = jnp.float32
-
 
 def to_bfloat16_parameters(
     params: optax.Params, state: optax.OptState, mask: Any = None
@@ -73,9 +71,10 @@ def to_bfloat16_parameters(
         check_not_stacked(one)
         rests = treedef.flatten_up_to(one.remainder)
         for i, (path, box) in enumerate(paths):
-            if not _owns(rests[i]) or jnp.result_type(_boxes.opened(box)) != F32:
+            master, rest = _boxes.opened((box, rests[i]))
+            if not _owns(rest) or jnp.result_type(master) != jnp.float32:
                 continue
-            master, rest = jnp.asarray(_boxes.opened(box)), _boxes.opened(rests[i])
+            master = jnp.asarray(master)
             _check_shape(path, master, rest)
             if chosen[i]:
                 # At count 0 the random bits of all leaves would be the same.
@@ -123,9 +122,8 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> Any:
     boxes = [box for _, box in paths]
     for _, one, _ in find(state, BFloat16ParametersState):
         for i, rest in enumerate(treedef.flatten_up_to(one.remainder)):
-            param = _boxes.opened(boxes[i])
+            param, rest = _boxes.opened((boxes[i], rest))
             if is_narrow(param) and _owns(rest):
-                rest = _boxes.opened(rest)
                 check_fits(paths[i][0], param, rest)
                 boxes[i] = _boxes.refilled(boxes[i], _halves.join(param, rest))
     return treedef.unflatten(boxes)

@@ -31,8 +31,8 @@ def random_bits(
 
     They depend on the count (1 or more), the key and the element's index alone. So the
     state holds no key, a resumed run repeats the straight one, and all shards and
-    replicas agree.
-    This is integer arithmetic, which XLA fuses and every backend supports.
+    replicas agree. This is integer arithmetic, which XLA fuses and every backend
+    supports.
     """
     count = jnp.asarray(count).astype(jnp.uint32)
     seed = _mix(count)

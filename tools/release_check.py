@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from interpreter import interpreter
 from packaging.metadata import Metadata
 from readme_renderer import markdown
 
@@ -129,22 +130,6 @@ def version() -> str:
     """Returns the version of the sources."""
     text = (PACKAGE / "__init__.py").read_text()
     return re.findall(r'^__version__ = "(.*)"$', text, re.M)[0]
-
-
-def interpreter(name: str) -> str | None:
-    """Returns an interpreter of a version such as 3.12, or None."""
-    folders = Path.home().glob(f".pyenv/versions/{name}*/bin/python")
-    for candidate in (f"python{name}", *map(str, sorted(folders, reverse=True))):
-        test = f"import sys; assert '%d.%d' % sys.version_info[:2] == '{name}'"
-        found = shutil.which(candidate)
-        if (
-            found
-            and not subprocess.run(
-                [found, "-c", test], capture_output=True, check=False
-            ).returncode
-        ):
-            return found
-    return None
 
 
 def environment(python: str, folder: Path) -> Path:
