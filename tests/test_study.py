@@ -114,6 +114,14 @@ def test_the_best_of_fewer_settings_against_all_draws() -> None:
     assert effort.best_of(losses, 1) is None  # which may be the one that diverged
 
 
+def test_the_best_with_a_small_and_with_a_large_eps() -> None:
+    effort = part("effort")
+    settings = [({"eps": 1e-6}, 2.0), ({"eps": 1e-8}, 1.0), ({"eps": 5e-5}, 0.1)]
+    assert effort.best_by_eps(settings) == {"small": 1.0, "large": None}
+    more = [*settings, ({"eps": 0.1}, 3.0), ({"eps": 0.01}, None), ({}, 0.0)]
+    assert effort.best_by_eps(more) == {"small": 1.0, "large": 3.0}
+
+
 def test_settings_against_settings_by_hand() -> None:
     effort = part("effort")
     ours, theirs = [1.0, 3.0, None, None, 2.0], [2.0, 2.0, 1.0, None, None]

@@ -18,7 +18,8 @@ def tables(folder: Path) -> list[str]:
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     parts = [every_arm(found)]
     if found["primary"]:
-        parts = [primary(found), *parts, by_class(found), fewer(found), edges(found)]
+        parts = [primary(found), *parts, by_class(found), fewer(found)]
+        parts += [edges(found), by_eps(found)]
     if found.get("class_means"):
         parts.append(without_training(found))
     return [part for part in parts if part]
@@ -118,6 +119,26 @@ def edges(found: Row) -> str:
     tasks = dict.fromkeys(task for _, task in rows)
     cells = [[task, *(cell(rows[arm, task]) for arm in chosen)] for task in tasks]
     return table(["numbers at an edge", *chosen], cells)
+
+
+def by_eps(found: Row) -> str:
+    """Returns the best losses in tuning with a small and with a large eps."""
+    arms = "AdamW", found["primary_arm"]
+    rows = {(x["arm"], x["task"]): x["by_eps"] for x in found["effort"]}
+    ends = {"small": "eps below 1e-5", "large": "eps above 1e-4"}
+    head = [f"{arm}, {text}" for arm in arms for text in ends.values()]
+    cells = [
+        [
+            task,
+            *(
+                f"{rows[arm, task][end]:.4f}"
+                for arm in (found["baseline"], found["primary_arm"])
+                for end in ends
+            ),
+        ]
+        for task in dict.fromkeys(task for _, task in rows)
+    ]
+    return table(["best loss in tuning", *head], cells)
 
 
 def without_training(found: Row) -> str:

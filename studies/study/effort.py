@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 COUNTS = (8, 16, 32)
+SMALL_EPS, LARGE_EPS = 1e-5, 1e-4
 
 
 def best_of(losses: list[float | None], count: int) -> float | None:
@@ -30,6 +31,20 @@ def best_of(losses: list[float | None], count: int) -> float | None:
     ]
     found = sum(p * x for p, x in zip(chances, ordered, strict=False))
     return found if math.isfinite(found) else None
+
+
+def best_by_eps(
+    settings: list[tuple[dict[str, float], float | None]],
+) -> dict[str, float | None]:
+    """Returns the lowest loss with a small and with a large eps; None without any.
+
+    Args:
+        settings: Each with its loss.
+    """
+    tried = [(h.get("eps", math.nan), x) for h, x in settings if x is not None]
+    small = [x for eps, x in tried if eps < SMALL_EPS]
+    large = [x for eps, x in tried if eps > LARGE_EPS]
+    return {"small": min(small, default=None), "large": min(large, default=None)}
 
 
 def matched(

@@ -141,13 +141,14 @@ def _effort(study: Study, record: Record, corpus: str) -> list[Row]:
     """Returns what fewer settings would have found, and settings against settings."""
     rows = []
     for task in study.tuned_tasks():
-        losses = {
-            arm: [loss for _, loss in plan.tuned(study, record, corpus, task, arm)]
-            for arm in study.arms
+        settings = {
+            arm: plan.tuned(study, record, corpus, task, arm) for arm in study.arms
         }
+        losses = {arm: [x for _, x in tuned] for arm, tuned in settings.items()}
         for arm, mine in losses.items():
             better, middle = effort.matched(mine, losses[study.baseline])
             row = {"task": task, "arm": arm, "better": better, "median": middle}
+            row["by_eps"] = effort.best_by_eps(settings[arm])
             counts = [x for x in effort.COUNTS if x < len(mine)]
             row["best_of"] = {x: effort.best_of(mine, x) for x in (*counts, len(mine))}
             rows.append(row)
