@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -30,7 +29,9 @@ from rich.progress import (
 
 import adam3_optax
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from machine import cpu_model, git, usable_cores
+
 BASELINE = "optax.adam"
 RATE = 1e-3
 DTYPES = ("float32", "bfloat16")
@@ -216,35 +217,6 @@ def facts() -> dict[str, Any]:
         "environment": {x: os.environ[x] for x in settings if x in os.environ},
         "load": [round(x, 2) for x in os.getloadavg()],
     }
-
-
-def cpu_model() -> str:
-    """Returns what the processor calls itself."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Returns how many processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def git(*command: str) -> str | None:
-    """Returns what git says of this repository, or None where there is none."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *command],
-            check=True,
-            capture_output=True,
-            encoding="utf-8",
-        )
-        return done.stdout.strip()
-    return None
 
 
 class Record:
