@@ -91,6 +91,21 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, link
 
 
+RECORDED = [*ROOT.glob("*/README.md"), *ROOT.glob("*/records/*/README.md")]
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted({*PAGES, *RECORDED}),
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_numbers_are_written_in_full(page: Path) -> None:
+    # 0.2%, and neither .2% nor 0.2 %. Code may write numbers as it likes.
+    code = r"^```.*?^```|^ {4}.*?$|`[^`]*`"
+    prose = re.sub(code, "", page.read_text(), flags=re.M | re.S)
+    assert re.findall(r".*(?<![\w./])\.\d.*|.*\d\s+%.*", prose) == []
+
+
 PUBLIC = [name for name in vars(adam3_optax) if name[0] != "_" and name.islower()]
 
 
