@@ -102,6 +102,7 @@ def test_char_lm_cubic_is_adam_and_a_seed_fixes_all(tmp_path: Path) -> None:
     assert float(ours[3]) == pytest.approx(float(theirs[3]), abs=1.5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_char_lm_reports_what_ctrl_c_left(tmp_path: Path) -> None:
     # In a terminal, for the progress bar is to be seen, too.
@@ -246,6 +247,7 @@ def test_digits_are_recognized(tmp_path: Path) -> None:
     assert float(accuracy[1]) >= 95
 
 
+@pytest.mark.slow
 def test_low_precision_state_costs_no_accuracy_here(tmp_path: Path) -> None:
     _, *rows = run(tmp_path, "low_precision.py").splitlines()
     found = {row[:14].strip(): [*map(float, row[14:].split())] for row in rows}
@@ -256,6 +258,7 @@ def test_low_precision_state_costs_no_accuracy_here(tmp_path: Path) -> None:
         assert loss == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.slow
 def test_rare_classes_gain_what_frequent_ones_pay(tmp_path: Path) -> None:
     _, *rows = run(tmp_path, "rare_classes.py").splitlines()
     numbers = [[float(x) for x in re.findall(r"[\d.]+", row[16:])] for row in rows]
@@ -265,6 +268,7 @@ def test_rare_classes_gain_what_frequent_ones_pay(tmp_path: Path) -> None:
     assert most[3] > adamw[3]
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_learn_as_float32_ones(tmp_path: Path) -> None:
     _, *rows, last = run(tmp_path, "bfloat16_parameters.py").splitlines()
     found = {row[:15].strip(): row[15:].split() for row in rows}

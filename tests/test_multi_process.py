@@ -97,6 +97,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_are_one_of_eight(
     whole: Path, tmp_path: Path, standard_promotion: None
 ) -> None:

@@ -382,6 +382,7 @@ def test_lanes_train_as_they_would_alone() -> None:
     assert together[0]["validation_loss"] != together[1]["validation_loss"]
 
 
+@pytest.mark.slow
 def test_arms_are_paired_by_the_seed() -> None:
     # With a learning rate of 0 parameters stay, so that the training losses are those
     # of the initialisation on the batches; they must be the same for all rules.
@@ -397,6 +398,7 @@ def test_arms_are_paired_by_the_seed() -> None:
     assert len(set(first)) > 1  # batches differ from step to step
 
 
+@pytest.mark.slow
 def test_smoothing_of_0_is_adamw_and_more_is_not() -> None:
     train = program("smoothed", lanes=2).train
     found = [(setting("smoothed", smoothing=x), 0) for x in (0.0, 0.2)]
@@ -419,6 +421,7 @@ def test_the_smoothed_loss_against_numpy() -> None:
     assert float(task.loss(params, (x, y), smoothing=0.1)) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_arms_see_the_same_data_and_seeds_their_own() -> None:
     tasks = part("tasks")
     task = tasks.softmax(fresh=True, classes=8, examples=64, features=4, batch=8)
@@ -465,6 +468,7 @@ def test_a_diverged_run_is_recorded_as_such() -> None:
     json.dumps(row, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_halves_of_a_batch_agree_where_the_skewness_is_real() -> None:
     # All elements have the same skewness; the correlation is over elements, and finds
     # none. Elements of opposite skewness it tells apart.
@@ -575,6 +579,7 @@ def test_lam_0_is_adam(form: str, gradients: list[Any]) -> None:
         np.testing.assert_allclose(u, w, rtol=2e-5)  # Optax's rounding of 1 - b2ᵗ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["softmax", *slow("digits", "characters")],
@@ -589,6 +594,7 @@ def test_identity_holds_along_a_training(kind: str, corpus: Any) -> None:
         assert 0 < worst["update_ulp"] <= 4
 
 
+@pytest.mark.slow
 def test_identity_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     checks, tasks = part("checks"), part("tasks")
     true: Any = adam3_optax.scale_by_adam3
@@ -760,8 +766,7 @@ def test_recall_is_of_the_training_text(corpus: Any) -> None:
     "kind",
     [
         "digits",
-        "spelling",
-        *slow("characters", "words", "softmax"),
+        *slow("characters", "words", "softmax", "spelling"),
     ],
 )
 def test_a_task_begins_at_chance_and_is_pure(kind: str, corpus: Any) -> None:
@@ -847,6 +852,7 @@ def test_ngrams_against_a_reference() -> None:
         assert sorted(part("tasks").ngrams(word, 128)) == reference(word)
 
 
+@pytest.mark.slow
 def test_spelling_counts_the_ngrams_of_words_of_its_part() -> None:
     tasks = part("tasks")
     # 60 words each once a line; the last third of the text has only ten of them.
@@ -871,6 +877,7 @@ def test_spelling_counts_the_ngrams_of_words_of_its_part() -> None:
         tasks.spelling(corpus, classes=61)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_rare_and_frequent_against_numpy(noise: float) -> None:
     tasks = part("tasks")
@@ -897,6 +904,7 @@ def test_rare_and_frequent_against_numpy(noise: float) -> None:
             assert float(found[f"{name}_{group}"]) == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_class_means_against_numpy() -> None:
     tasks, class_means = part("tasks"), part("class_means")
     options = {"classes": 16, "examples": 64, "features": 4, "fresh": True}
@@ -935,6 +943,7 @@ def test_class_means_against_numpy() -> None:
     assert found["edges"] == [name for name, at_end in names if at_end]
 
 
+@pytest.mark.slow
 def test_the_stationary_point() -> None:
     # Long averages, so that the clip does not bite: skewness 1, of which AdaM3 sees
     # .73; 512 elements, learning rate to 0. Adam's own shift is subtracted.
@@ -1097,6 +1106,7 @@ def wait_for_lines(process: Any, folder: Path, count: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_one_study_a_folder(tmp_path: Path) -> None:
     with part("record").lock(tmp_path):
         second = run(tmp_path, "--study", "tiny")
@@ -1253,6 +1263,7 @@ variance = [0.3, 1.0, 3.0]
 """
 
 
+@pytest.mark.slow
 def test_a_study_of_fresh_data_runs_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], standard_in_threads: None
 ) -> None:
