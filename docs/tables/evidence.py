@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.study.markdown import table
+from studies.study.statistics import compare
 
 Row = dict[str, Any]
 
@@ -19,7 +20,7 @@ def tables(folder: Path) -> list[str]:
     parts = [every_arm(found)]
     if found["primary"]:
         parts = [primary(found), *parts, by_class(found), fewer(found)]
-        parts += [edges(found), by_eps(found)]
+        parts += [edges(found), by_eps(found), by_lam(found)]
     if found.get("class_means"):
         parts.append(without_training(found))
     return [part for part in parts if part]
@@ -139,6 +140,26 @@ def by_eps(found: Row) -> str:
         for task in dict.fromkeys(task for _, task in rows)
     ]
     return table(["best loss in tuning", *head], cells)
+
+
+def by_lam(found: Row) -> str | None:
+    """Returns what lam does where all else is AdamW's; None without such a sweep."""
+    swept = found["sweeps"]["lam"]
+    losses = {(x["task"], x["value"]): x["losses"] for x in swept}
+    values = [x for x in dict.fromkeys(x["value"] for x in swept) if x]
+    if not values:
+        return None
+
+    def cell(task: str, value: float) -> str:
+        none = losses[task, 0.0]
+        found = compare(losses[task, value], none, margin=0.0)
+        scale = 100 * len(none) / sum(none)
+        middle, low, high = (scale * x for x in (found.difference, *found.interval))
+        return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
+
+    tasks = dict.fromkeys(x["task"] for x in swept)
+    cells = [[task, *(cell(task, x) for x in values)] for task in tasks]
+    return table(["minus the loss of lam 0, %", *(f"lam {x:g}" for x in values)], cells)
 
 
 def without_training(found: Row) -> str:
