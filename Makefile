@@ -27,7 +27,7 @@ CLIENTS_PYTHON ?= $(or $(shell $(PYTHON) tools/interpreter.py 3.12),$(PYTHON))
 # What `make release-check` installs the release on: one Python, or several.
 PYTHONS ?= 3.11 3.12 3.13
 
-.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-gpu mutants lint format docs check-links release-check wheel clean
+.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-notebooks test-gpu mutants lint format docs check-links release-check wheel clean
 
 help:
 	@echo "make demo      train a language model and a classifier with AdaM3 and AdamW (minutes)"
@@ -41,6 +41,7 @@ help:
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
 	@echo "make test-newest  the same with the newest ones that can be installed, whatever is pinned"
 	@echo "make test-slow run the tests that take minutes each"
+	@echo "make test-notebooks run all notebooks, and compare them with what they show"
 	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
 	@echo "make test-clients run the optimizer in libraries that take one of Optax's, and record it in"
 	@echo "               $(CLIENTS_RECORD) (downloads 2 GB; a quarter hour)"
@@ -126,6 +127,9 @@ test-newest:
 test-slow: $(STAMPS)/.dev
 	@"$(BIN)/python" -m pytest -q -n 2 -m slow
 	@$(MAKE) --no-print-directory test-compiled COMPILERS=cuda13
+
+test-notebooks: $(STAMPS)/.dev
+	@"$(BIN)/python" -m pytest -q -m slow tests/test_notebook.py
 
 # Skipped (status 0) without a GPU; status 1 where there is one that JAX cannot use.
 test-gpu: $(STAMPS)/.dev

@@ -8,6 +8,7 @@ Some files outside of `docs/` are pages of the site themselves; see `PAGES`.
 import base64
 import json
 import os
+import posixpath
 import re
 import tomllib
 from pathlib import Path
@@ -23,7 +24,10 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "examples.md": "examples/README.md",
-    "notebook.md": "notebooks/what_the_third_moment_does.ipynb",
+}
+PAGES |= {
+    f"notebooks/{path.stem}.md": f"notebooks/{path.name}"
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
 }
 IMAGES = {".png", ".svg"}
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
@@ -69,24 +73,27 @@ def on_page_markdown(
     markdown: str, *, page: Page, config: MkDocsConfig, files: Files
 ) -> str:
     """Turns links that leave `docs/`."""
-    folder = _folder(page.file.src_uri)
+    uri_of_page = page.file.src_uri
+    folder, here = _folder(uri_of_page), posixpath.dirname(uri_of_page)
     repository = config.extra["repository"]
 
     def turned(link: re.Match[str]) -> str:
         path, anchor = link.group(1), link.group(2) or ""
-        if files.get_file_from_path(path) is not None and page.file.src_uri in PAGES:
-            return link.group(0)  # a picture of the notebook
+        beside = files.get_file_from_path(posixpath.join(here, path))
+        if beside is not None and uri_of_page in PAGES:
+            return link.group(0)  # a picture of a notebook
         target = (folder / path).resolve()
         if not target.exists():
             return link.group(0)  # MkDocs warns
         uri = target.relative_to(ROOT).as_posix()
         page_of = {source: name for name, source in PAGES.items()}
+        on_site = page_of.get(uri)
         if target.is_relative_to(ROOT / "docs"):
-            return f"]({target.relative_to(ROOT / 'docs').as_posix()}{anchor})"
-        if uri in page_of:
-            return f"]({page_of[uri]}{anchor})"
-        if target.suffix in IMAGES:
-            return f"]({uri})"
+            on_site = target.relative_to(ROOT / "docs").as_posix()
+        elif target.suffix in IMAGES:
+            on_site = uri
+        if on_site is not None:
+            return f"]({posixpath.relpath(on_site, here or '.')}{anchor})"
         view = "tree" if target.is_dir() else "blob"
         return f"]({repository}/{view}/main/{uri}{anchor})"
 
@@ -109,21 +116,23 @@ def _from_notebook(path: Path, files: Files, config: MkDocsConfig) -> str:
             parts.append(text)
         elif cell["cell_type"] == "code" and text:
             parts.append(f"```python\n{text}\n```")
-            parts += _outputs(number, cell["outputs"], files, config)
+            prefix = f"images/{path.stem}_{number}"
+            parts += _outputs(prefix, cell["outputs"], files, config)
     return "\n\n".join(parts) + "\n"
 
 
 def _outputs(
-    number: int, outputs: list[dict[str, Any]], files: Files, config: MkDocsConfig
+    prefix: str, outputs: list[dict[str, Any]], files: Files, config: MkDocsConfig
 ) -> list[str]:
     """Returns the output of one cell, as Markdown."""
     parts = []
     for index, output in enumerate(outputs):
         data = output.get("data", {})
         if "image/png" in data:
-            name = f"images/notebook_{number}_{index}.png"
+            name = f"{prefix}_{index}.png"
             content = base64.b64decode(data["image/png"])
-            files.append(File.generated(config, name, content=content))
+            uri = f"notebooks/{name}"
+            files.append(File.generated(config, uri, content=content))
             parts.append(f"![Output of the cell above]({name})")
         else:
             text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
