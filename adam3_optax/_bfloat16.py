@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam3_optax import _boxes, _halves, _rounding
-from adam3_optax._transform import check_not_stacked
+from adam3_optax._checks import check_state, leaves_like
 
 
 class BFloat16ParametersState(NamedTuple):
@@ -126,24 +126,24 @@ def bfloat16_parameters(
             raise ValueError(
                 "bfloat16_parameters needs params: update(g, state, params)"
             )
-        check_not_stacked(state)
+        check_state(state, BFloat16ParametersState)
         count = optax.safe_increment(state.count)
         treedef: Any  # JAX says Unknown
         paths, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
 
-        def leaves_of(tree: Any) -> list[Any]:
-            return treedef.flatten_up_to(_boxes.opened(tree))
+        def leaves_of(tree: Any, name: str) -> list[Any]:
+            return leaves_like(treedef, _boxes.opened(tree), name, "params")
 
         def tree_like(tree: Any, leaves: list[Any]) -> Any:
             return _boxes.refilled(tree, treedef.unflatten(leaves))
 
         old = [param for _, param in paths]
-        kept = leaves_of(state.remainder)
+        kept = leaves_of(state.remainder, "the remainder")
         for (path, param), rest in zip(paths, kept, strict=True):
             _check_setting(path, rest, remainder)
             check_fits(path, param, rest)
         narrow = [i for i, param in enumerate(old) if is_narrow(param)]
-        masters, gradients = list(old), leaves_of(updates)
+        masters, gradients = list(old), leaves_of(updates, "updates")
         for i in narrow:
             masters[i] = _halves.join(old[i], kept[i])
             gradients[i] = jax.tree.map(_wide, gradients[i])  # it may be None
@@ -153,7 +153,7 @@ def bfloat16_parameters(
             tree_like(params, masters),
             **extra_args,
         )
-        us = leaves_of(inner_updates)
+        us = leaves_of(inner_updates, "the updates of inner")
         for i in narrow:
             if jax.tree.leaves(us[i]):
                 new, key = masters[i] + _wide(us[i]), _rounding.leaf_key(i, purpose=1)

@@ -10,11 +10,12 @@ import optax
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _storage
 from adam3_optax._boxes import is_box, opened, refilled
+from adam3_optax._checks import check_not_stacked
 from adam3_optax._rounding import for_moments, leaf_key, random_bits
 from adam3_optax._rule import Moments, ThirdMoment
 from adam3_optax._states import find
 from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
-from adam3_optax._transform import ScaleByAdam3State, check_not_stacked
+from adam3_optax._transform import ScaleByAdam3State
 
 
 def from_adam_state(
@@ -105,7 +106,7 @@ def to_adam_state(
         >>> type(state[0]).__name__, state[0].mu.shape
         ('ScaleByAdamState', (3,))
     """
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+    if mu_dtype is not None and not _is_floating(mu_dtype):
         raise ValueError(f"mu_dtype must be a floating dtype or None, got {mu_dtype!r}")
 
     def convert(adam3: ScaleByAdam3State) -> optax.ScaleByAdamState:
@@ -116,6 +117,13 @@ def to_adam_state(
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
 
     return _replace(state, ScaleByAdam3State, convert, "to_adam_state")
+
+
+def _is_floating(dtype: jax.typing.DTypeLike) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
 
 
 def convert_state(

@@ -13,16 +13,18 @@ from jax import lax
 from adam3_optax import _hyperparameters as hp
 from adam3_optax import _rule
 from adam3_optax._boxes import is_box, opened
+from adam3_optax._checks import check_not_stacked
 from adam3_optax._counts import as_table, check_countable, counts_of
 from adam3_optax._optimizers import adam3w
 from adam3_optax._rule import FORMS, Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._states import find
 from adam3_optax._storage import NAMES, Absent, Format, Stored, computed_in, format_of
 from adam3_optax._third_moment import Statistics, ThirdMomentReport
-from adam3_optax._transform import ScaleByAdam3State, check_not_stacked
+from adam3_optax._transform import ScaleByAdam3State
 
 _MEDIAN, _TAIL = 0.5, 0.999
-_LAST = 2**31 - 1  # beyond the bit pattern of every number and NaN of float32
+_LAST = 2**31 - 1  # the largest bit pattern of a float32 that is not negative
+_REMEDY = f"build the optimizer with another one: {', '.join(FORMS)}"
 
 
 def third_moment_report(
@@ -103,7 +105,9 @@ def third_moment_report(
     if unknown:
         raise TypeError(f"adam3w has no argument {', '.join(sorted(unknown))}")
     if hp.form(third_moment) is None:
-        raise ValueError("third_moment=None has no third moment to report on")
+        raise ValueError(
+            f"third_moment=None has no third moment to report on; {_REMEDY}"
+        )
     chosen = {"b1": b1, "b2": b2, "b3": b3, "lam": lam, "tau": tau}
     given = {name: value for name, value in chosen.items() if value is not None}
     found = find(state, ScaleByAdam3State)
@@ -134,7 +138,7 @@ def _steps_taken(state: ScaleByAdam3State) -> jax.Array:
     """Returns the number of the step that made a state, at least 1."""
     check_not_stacked(state)
     if isinstance(format_of("s", state.s), Absent):
-        raise ValueError("the state has no third moment to report on")
+        raise ValueError(f"the state has no third moment to report on; {_REMEDY}")
     return jnp.maximum(state.count, 1)
 
 

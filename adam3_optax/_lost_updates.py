@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from adam3_optax import _boxes
+from adam3_optax._checks import leaves_like
 from adam3_optax._counts import as_table, check_countable, counts_of
 from adam3_optax._report import Report, percent
 from adam3_optax._storage import computed_in
@@ -106,7 +107,7 @@ def lost_updates_report(
     """
     treedef: Any
     leaves, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
-    us = treedef.flatten_up_to(_boxes.opened(updates))
+    us = leaves_like(treedef, _boxes.opened(updates), "updates", "params")
     names, pairs = [], []
     for (path, param), u in zip(leaves, us, strict=True):
         if not jax.tree.leaves(u):

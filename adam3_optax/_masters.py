@@ -8,8 +8,8 @@ import optax
 
 from adam3_optax import _boxes, _halves, _rounding
 from adam3_optax._bfloat16 import BFloat16ParametersState, check_fits, is_narrow
+from adam3_optax._checks import check_boolean, check_not_stacked, leaves_like
 from adam3_optax._states import find
-from adam3_optax._transform import check_not_stacked
 
 
 def to_bfloat16_parameters(
@@ -35,6 +35,7 @@ def to_bfloat16_parameters(
     Raises:
         ValueError: No state of `bfloat16_parameters`; one of parameters of other
             shapes, or stacked by `jax.vmap`; a mask that does not fit.
+        TypeError: A mask with a leaf that is no boolean.
 
     Example:
         Matrices become bfloat16, and norms and biases stay float32.
@@ -69,7 +70,7 @@ def to_bfloat16_parameters(
         if not is_state(one):
             return one
         check_not_stacked(one)
-        rests = treedef.flatten_up_to(one.remainder)
+        rests = leaves_like(treedef, one.remainder, "the remainder", "params")
         for i, (path, box) in enumerate(paths):
             master, rest = _boxes.opened((box, rests[i]))
             if not _owns(rest) or jnp.result_type(master) != jnp.float32:
@@ -121,7 +122,8 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> Any:
     paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
     boxes = [box for _, box in paths]
     for _, one, _ in find(state, BFloat16ParametersState):
-        for i, rest in enumerate(treedef.flatten_up_to(one.remainder)):
+        rests = leaves_like(treedef, one.remainder, "the remainder", "params")
+        for i, rest in enumerate(rests):
             param, rest = _boxes.opened((boxes[i], rest))
             if is_narrow(param) and _owns(rest):
                 check_fits(paths[i][0], param, rest)
@@ -140,6 +142,7 @@ def _owns(rest: Any) -> bool:
 def _chosen(mask: Any, params: optax.Params) -> list[bool]:
     """Returns for each parameter whether it shall become bfloat16."""
     mask = True if mask is None else mask
+    jax.tree.map_with_path(check_boolean, mask)
     try:
         every = jax.tree.map(
             lambda choice, part: jax.tree.map(

@@ -10,6 +10,7 @@ import optax
 
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._boxes import opened
+from adam3_optax._checks import check_boolean, leaves_like
 from adam3_optax._rule import ThirdMoment
 from adam3_optax._storage import DTypeSetting, computed_in
 from adam3_optax._transform import scale_by_adam3
@@ -194,17 +195,24 @@ def _add_decayed_weights(
     ) -> tuple[optax.Updates, optax.OptState]:
         rate = rate_at(state.count if is_schedule else 0)
 
-        def decayed(u: jax.Array | None, p: jax.Array) -> jax.Array | None:
+        def decayed(
+            path: tuple[Any, ...], u: jax.Array | None, p: jax.Array
+        ) -> jax.Array | None:
             if u is None:
                 return None
             p = opened(p)  # gradients may be plain where parameters are in boxes
             if u.shape != jnp.shape(p):
                 raise ValueError(
-                    f"a parameter has shape {jnp.shape(p)}, but its update {u.shape}"
+                    f"params{jax.tree_util.keystr(path)} has shape {jnp.shape(p)}, "
+                    f"but its update has {u.shape}"
                 )
             return u + jnp.asarray(rate, u.dtype) * jnp.asarray(p, u.dtype)
 
-        updates = jax.tree.map(decayed, updates, params, is_leaf=lambda x: x is None)
+        treedef: Any  # JAX says Unknown
+        us, treedef = jax.tree.flatten_with_path(updates, is_leaf=lambda x: x is None)
+        ps = leaves_like(treedef, params, "params", "updates")
+        new = [decayed(path, u, p) for (path, u), p in zip(us, ps, strict=True)]
+        updates = treedef.unflatten(new)
         if is_schedule:
             state = state._replace(count=optax.safe_increment(state.count))
         return updates, state
@@ -222,7 +230,7 @@ def _add_decayed_weights(
     # updates, which Optax would give it.
     def chosen(params: optax.Params) -> Any:
         tree = mask(params) if callable(mask) else mask
-        jax.tree.map_with_path(_check_boolean, tree)
+        jax.tree.map_with_path(check_boolean, tree)
         return tree
 
     init = optax.add_decayed_weights(rate_at if is_schedule else 0.0).init
@@ -230,17 +238,6 @@ def _add_decayed_weights(
     if mask is not None:
         init = optax.masked(decay, chosen).init
     return optax.GradientTransformation(init, update)
-
-
-def _check_boolean(path: tuple[Any, ...], x: Any) -> None:
-    """Raises if a leaf of a mask is no boolean, or has no value yet."""
-    dtype = getattr(x, "dtype", np.dtype(type(x)))
-    is_boolean = np.dtype(bool) == dtype and np.shape(x) == ()
-    if not is_boolean or isinstance(x, jax.core.Tracer):
-        raise TypeError(
-            f"mask{jax.tree_util.keystr(path)} must be a boolean that does not depend "
-            f"on traced values, got {x!r}"
-        )
 
 
 def _scale_by_rate(learning_rate: hp.ScalarOrSchedule) -> optax.GradientTransformation:

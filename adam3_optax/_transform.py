@@ -10,6 +10,7 @@ import optax
 
 from adam3_optax import _boxes, _rounding, _rule, _storage
 from adam3_optax import _hyperparameters as hp
+from adam3_optax._checks import check_state
 from adam3_optax._rule import Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
 
@@ -158,7 +159,7 @@ def scale_by_adam3(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdam3State]:
         del params, extra_args
-        check_not_stacked(state)
+        check_state(state, ScaleByAdam3State)
         count = optax.safe_increment(state.count)
         lam_t, tau_t = lam_at(state.count), tau_at(state.count)
         h = _rule.Hyperparameters(b, lam_t, tau_t, eps, eps_root)
@@ -251,15 +252,6 @@ def _step_leaf(
     b_t = 0.0 if form is None else form.term(v_t, s_t, k)
     u_t = _rule.direction(m_t, v_t, b_t, k)
     return u_t.astype(g.dtype), Moments(m, v, s)
-
-
-def check_not_stacked(state: Any) -> None:
-    """Raises if a state is of several optimizers."""
-    if jnp.ndim(state.count):
-        raise ValueError(
-            f"the state's count has shape {jnp.shape(state.count)}: it is the state of "
-            "several optimizers, as made by jax.vmap. Use it inside jax.vmap."
-        )
 
 
 def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None:

@@ -294,7 +294,7 @@ MUTANTS = [
     Mutant("_bfloat16", "leaf_key(i, purpose=1)", "leaf_key(0, purpose=1)"),
     Mutant("_bfloat16", "optax.safe_increment(state.count)", "state.count"),
     Mutant("_bfloat16", "check_fits(path, param, rest)", "pass"),
-    Mutant("_bfloat16", "check_not_stacked(state)", "pass"),
+    Mutant("_bfloat16", "check_state(state, BFloat16ParametersState)", "pass"),
     Mutant("_bfloat16", "jax.tree.map_with_path(_check_parameter, params)", "pass"),
     Mutant("_bfloat16", "if jax.tree.leaves(us[i]):", "if True:"),
     Mutant("_bfloat16", "is_leaf=_boxes.is_box)", "is_leaf=None)"),
@@ -407,7 +407,7 @@ MUTANTS = [
     Mutant(
         "_optimizers", "count=optax.safe_increment(state.count)", "count=state.count"
     ),
-    Mutant("_optimizers", "jax.tree.map_with_path(_check_boolean, tree)", "pass"),
+    Mutant("_optimizers", "jax.tree.map_with_path(check_boolean, tree)", "pass"),
     Mutant(
         "_optimizers",
         "-jnp.asarray(rate_at(0), u.dtype)",

@@ -898,3 +898,16 @@ def test_what_changes_updates_afterwards_breaks_the_landing() -> None:
     assert not np.allclose(
         runs(optimizer), wide_runs(optax.chain(INNER, optax.scale(0.5)))
     )
+
+
+def test_trees_that_do_not_fit_are_named() -> None:
+    params = {"w": jnp.ones((2, 16), BF16)}
+    optimizer = bfloat16_parameters(INNER)
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="updates must be a tree like params"):
+        optimizer.update({"b": params["w"]}, state, params)
+    with pytest.raises(ValueError, match="the remainder must be a tree like params"):
+        to_float32_parameters({"b": params["w"]}, state)
+    for mask in ({"w": "no"}, {"w": 1}):
+        with pytest.raises(TypeError, match=r"mask\['w'\] must be a boolean"):
+            to_bfloat16_parameters({"w": jnp.ones((2, 16))}, state, mask)

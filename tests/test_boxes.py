@@ -337,9 +337,10 @@ def nnx_on_one_device(names: Any) -> list[Any]:
 @EACH_MESH
 def test_nnx_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
     # In and out of nnx.jit; the optimizer made eagerly, and inside nnx.jit.
-    make, jitted = functools.partial(nnx_pair, names), nnx.jit(nnx_step)
+    make: Any = functools.partial(nnx_pair, names)
+    jitted: Any = nnx.jit(nnx_step)
     with jax.set_mesh(mesh_of(devices, kind)):
-        for made, *steps in ((make(), nnx_step, jitted), (nnx.jit(make)(), jitted)):
+        for made, steps in ((make(), [nnx_step, jitted]), (nnx.jit(make)(), [jitted])):
             for step in steps:
                 step(*made)
             codes = made[1].opt_state[0].m.codes["linear"]["kernel"]

@@ -190,7 +190,7 @@ def test_a_stacked_state_is_named_by_conversion() -> None:
     assert converted.m.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["int8", jnp.int32, bool])
+@pytest.mark.parametrize("dtype", ["int8", jnp.int32, bool, "foo"])
 def test_mu_must_be_floating(dtype: Any) -> None:
     with pytest.raises(ValueError, match="mu_dtype must be a floating dtype or None"):
         to_adam_state(scale_by_adam3().init(jnp.ones(3)), mu_dtype=dtype)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ RECORDS = {
     },
     "studies/records/2026-11-23_main_2": {"evidence": [11]},
     "studies/records/2026-11-27_fair": {"evidence": [6, 10, 6, 6, 6, 6, 6]},
+    "studies/records/2026-11-27_fair_language": {"evidence": [2, 4, 2, 2, 2, 2]},
 }
 tables_of: Any = importlib.import_module("docs.tables.__main__")
 
@@ -202,3 +204,14 @@ def test_bytes_of_a_model_are_those_that_are_kept() -> None:
             shown = float(cell.removesuffix(" GB").replace(",", ""))
             assert shown == pytest.approx(each * n / 1e9, rel=0.01, abs=0.05), line
         assert int(cells[5]) == params[0].dtype.itemsize
+
+
+def test_the_decays_that_are_called_safe_do_not_warn() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    rows = re.findall(r"^\| (0\.\d+) \| (0\.\d+) \|$", page, re.M)
+    assert len(rows) == 3
+    for b2, b3 in rows:
+        with warnings.catch_warnings(action="error"):
+            adam3_optax.adam3(b2=float(b2), b3=float(b3))
+        with pytest.warns(adam3_optax.BlowUpWarning):  # a digit more would
+            adam3_optax.adam3(b2=float(b2), b3=float(b3) + 1e-4)

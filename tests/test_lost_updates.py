@@ -174,3 +174,8 @@ def test_it_is_exported_with_sizes_that_are_not_known_yet() -> None:
     exported = jax.export.export(jax.jit(lost))(shape, shape)
     params = jnp.ones((4, 3), jnp.bfloat16)
     assert float(exported.call(params, params * 1e-3)) == 1.0
+
+
+def test_updates_of_another_structure_are_named() -> None:
+    with pytest.raises(ValueError, match="updates must be a tree like params"):
+        lost_updates_report({"w": jnp.ones(3), "b": jnp.ones(3)}, {"w": jnp.ones(3)})

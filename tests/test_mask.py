@@ -139,5 +139,12 @@ def test_a_mask_of_traced_values_is_named() -> None:
 def test_parameters_of_another_shape_are_not_broadcast() -> None:
     optimizer = adam3w()
     state = optimizer.init(jnp.ones(3))
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), but its update \(3,\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3\), but its update has \(3,\)"):
         optimizer.update(jnp.ones(3), state, jnp.ones((2, 3)))
+
+
+def test_parameters_of_another_structure_are_named() -> None:
+    optimizer = adam3w()
+    state = optimizer.init({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="params must be a tree like updates"):
+        optimizer.update({"w": jnp.ones(3)}, state, {"b": jnp.ones(3)})

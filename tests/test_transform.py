@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from adam3_optax import adam3w, scale_by_adam3
+from adam3_optax import adam3, adam3w, bfloat16_parameters, scale_by_adam3
 from tests.settings import (
     BF16,
     EACH_FORM,
@@ -348,3 +348,14 @@ def test_a_state_that_is_stored_in_another_way_is_refused(storage: Any) -> None:
     for one, other in ((made, used), (used, made)):
         with pytest.raises(ValueError, match=r"_dtype says; .*convert_state"):
             other.update(PARAMS, one.init(PARAMS))
+
+
+def test_a_state_of_another_optimizer_is_named() -> None:
+    params = {"w": jnp.ones(3)}
+    for optimizer, other, got in (
+        (scale_by_adam3(), adam3(), "tuple"),
+        (adam3w(), optax.adamw(1e-3), "ScaleByAdamState"),
+        (bfloat16_parameters(adam3w()), adam3w(), "tuple"),
+    ):
+        with pytest.raises(TypeError, match=f"must be a .*, got {got}. Was it made"):
+            optimizer.update(params, other.init(params), params)

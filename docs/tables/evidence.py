@@ -60,14 +60,16 @@ def primary(found: Row) -> str:
     rows = {(x["metric"], x["task"]): x for x in found["primary"]}
     arm = found["primary_arm"]
     head = ["task", "AdamW's loss", f"{arm} minus it, %"]
-    head += ["AdamW's error", f"{arm} minus it, points"]
+    classifies = any("difference" in x for x in rows.values() if x["metric"] == "error")
+    if classifies:
+        head += ["AdamW's error", f"{arm} minus it, points"]
     cells = []
     for task in dict.fromkeys(x["task"] for x in found["primary"]):
         loss, error = rows["loss", task], rows["error", task]
         line = [task, f"{loss['baseline']:.4f}", shown(loss, loss["baseline"])]
-        if "difference" in error:
+        if classifies:
             line += [f"{error['baseline']:.2%}", shown(error, 1.0)]
-        cells.append([*line, *[""] * (len(head) - len(line))])
+        cells.append(line)
     return table(head, cells)
 
 

@@ -1,0 +1,47 @@
+"""Checks of the states and trees that users pass."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises if a state is not of a kind, or is of several optimizers."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"the state must be a {kind.__name__}, got {type(state).__name__}. Was it "
+            "made by this optimizer's init? A state of optax.adam or adamw becomes one "
+            "of AdaM3 by adam3_optax.from_adam_state."
+        )
+    check_not_stacked(state)
+
+
+def check_not_stacked(state: Any) -> None:
+    """Raises if a state is of several optimizers."""
+    if jnp.ndim(state.count):
+        raise ValueError(
+            f"the state's count has shape {jnp.shape(state.count)}: it is the state of "
+            "several optimizers, as made by jax.vmap. Use it inside jax.vmap."
+        )
+
+
+def check_boolean(path: tuple[Any, ...], x: Any) -> None:
+    """Raises if a leaf of a mask is no boolean, or has no value yet."""
+    dtype = getattr(x, "dtype", np.dtype(type(x)))
+    is_boolean = np.dtype(bool) == dtype and np.shape(x) == ()
+    if not is_boolean or isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"mask{jax.tree_util.keystr(path)} must be a boolean that does not depend "
+            f"on traced values, got {x!r}"
+        )
+
+
+def leaves_like(treedef: Any, tree: Any, name: str, model: str) -> list[Any]:
+    """Returns the leaves of a tree that must be like another one, the model."""
+    try:
+        leaves: list[Any] = treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a tree like {model}: {error}") from error
+    return leaves
