@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 EMPTY :=
 STAMPS := $(subst $(EMPTY) ,\ ,$(VENV))
 CONSTRAINTS ?= constraints.txt
-# What takes minutes and depends least on the versions of JAX and Optax.
-APART := notebook benchmarks study examples checkpoints multi_process packaging docs mutants clients site
+# What is left out: it takes minutes and depends least on the versions of JAX and Optax.
+# A file of pytest's arguments, because tools/release_check.py leaves the same out.
+APART := @tests/apart.txt
 RECORD ?= benchmarks/records/$(shell date -u +%F)_speed
 PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -112,8 +113,7 @@ test: lint
 	  ': ruff (lint, format), mypy, and the tests counted above.')"
 
 test-package: $(STAMPS)/.test
-	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 \
-	  $(foreach name,$(APART),--ignore=tests/test_$(name).py) $(TESTS)
+	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 $(APART) $(TESTS)
 	@"$(BIN)/python" -c "import jax, optax, platform; print('Passed on Python', \
 	  platform.python_version(), 'with jax', jax.__version__, 'and optax', optax.__version__)"
 

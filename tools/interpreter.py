@@ -6,6 +6,7 @@ Prints its path; the status is 1 if there is none.
 """
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -24,15 +25,20 @@ def interpreter(version: str) -> str | None:
 
 
 def _of_pyenv(version: str) -> list[str]:
-    """Returns pyenv's interpreters of a version, the newest first."""
+    """Returns pyenv's interpreters of a version, the newest release first."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run(
             ["pyenv", "root"], check=True, capture_output=True, encoding="utf-8"
         )
         folders = Path(done.stdout.strip(), "versions").glob(f"{version}.*")
-        return [
-            str(folder / "bin" / "python") for folder in sorted(folders, reverse=True)
-        ]
+        # By numbers: as text, 3.13.9 comes after 3.13.10. Others than releases, such as
+        # 3.13.0rc1 and 3.13.0t, are left out.
+        releases = {
+            tuple(map(int, folder.name.split("."))): folder
+            for folder in folders
+            if re.fullmatch(r"[\d.]*\d", folder.name)
+        }
+        return [str(releases[x] / "bin" / "python") for x in sorted(releases)[::-1]]
     return []
 
 
