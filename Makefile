@@ -28,7 +28,7 @@ CLIENTS_PYTHON ?= $(or $(shell $(PYTHON) tools/interpreter.py 3.12),$(PYTHON))
 # What `make release-check` installs the release on: one Python, or several.
 PYTHONS ?= 3.11 3.12 3.13
 
-.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-notebooks test-gpu mutants lint format docs check-links release-check wheel clean
+.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-notebooks test-gpu mutants lint format docs check-links release-build release-check wheel clean
 
 help:
 	@echo "make demo      train a language model and a classifier with AdaM3 and AdamW (minutes)"
@@ -52,6 +52,7 @@ help:
 	@echo "make format    format the code"
 	@echo "make docs      build the site into site/, and check its links"
 	@echo "make check-links ask other hosts whether the site's links to them lead somewhere"
+	@echo "make release-build  build the release, and check its files (PUBLISH=1: is it ready to publish?)"
 	@echo "make release-check  build the release, and test it as installed (PYTHONS=3.11 for one Python)"
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what make made"
@@ -162,9 +163,11 @@ docs: $(STAMPS)/.docs
 check-links: docs
 	@"$(BIN)/python" tools/check_links.py site
 
-release-check: $(STAMPS)/.release
-	@"$(BIN)/python" tools/release_check.py --pythons $(PYTHONS) \
-	  --apart $(APART) $(ARGS)
+release-build: $(STAMPS)/.release
+	@"$(BIN)/python" tools/release_build.py $(if $(PUBLISH),--publish)
+
+release-check: release-build
+	@"$(BIN)/python" tools/release_check.py --pythons $(PYTHONS) $(ARGS)
 
 wheel: $(STAMPS)/.dev
 	@"$(BIN)/python" -m hatchling build -t wheel

@@ -1,5 +1,8 @@
 """What looks for interpreters, asks for links, and builds and checks the release."""
 
+import contextlib
+import shutil
+import subprocess
 import sys
 import threading
 import urllib.error
@@ -17,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 check_links: Any = import_module("check_links")
 interpreter: Any = import_module("interpreter")
+release_build: Any = import_module("release_build")
+release_check: Any = import_module("release_check")
 
 
 def test_the_newest_interpreter_comes_first(
@@ -103,3 +108,102 @@ def test_only_a_lost_link_is_an_error(
     with pytest.raises(SystemExit, match="1 of 1 addresses lead nowhere"):
         check_links.main()
     assert f"{host}/404 of index.html leads nowhere" in capsys.readouterr().out
+
+
+def test_the_folder_of_the_release_check_has_all_that_its_tests_read(
+    tmp_path: Path,
+) -> None:
+    folder = release_check.folder_for_tests(tmp_path)
+    assert not (folder / "adam3_optax").exists()
+    for arguments in (
+        ("--collect-only", release_check.APART, "tests"),
+        ("tests/test_client_table.py",),
+    ):
+        command = sys.executable, "-m", "pytest", "-q", *arguments
+        done = subprocess.run(
+            command, cwd=folder, check=False, capture_output=True, encoding="utf-8"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_python_that_is_missing_fails_the_release_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release_check, "BUILT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["release_check", "--pythons", "3.99"])
+    with pytest.raises(SystemExit, match="0 sdists and 0 wheels"):
+        release_check.main()
+    for name in ("x.tar.gz", "x.whl"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match=r"not on this machine: Python 3\.99\."):
+        release_check.main()
+
+
+def test_a_pair_that_fails_fails_the_release_check(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(release_check, "OUT", tmp_path / "out")
+    monkeypatch.setattr(release_check, "built", lambda folder: (folder, folder))
+    monkeypatch.setattr(release_check, "interpreter", lambda name: name)
+    monkeypatch.setattr(release_check, "folder_for_tests", lambda out: out)
+    monkeypatch.setattr(sys, "argv", ["release_check", "--pythons", "3.12", "3.13"])
+    for failing in (("3.13", "oldest"), None):
+        monkeypatch.setattr(
+            release_check,
+            "check_installed",
+            lambda name, python, kind, *args, failing=failing: (name, kind) != failing,
+        )
+        with pytest.raises(SystemExit) if failing else contextlib.nullcontext():
+            release_check.main()
+        found = capsys.readouterr().out
+        assert found.count("passed") == (3 if failing else 4)
+        failed = "Python 3.13, oldest dependencies: FAILED"
+        assert (failed in found) == (failing is not None)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_stray_module_is_no_part_of_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release_build, "ROOT", tmp_path)
+    package = tmp_path / "adam3_optax"
+    package.mkdir()
+    for name in ("__init__.py", "py.typed"):
+        (package / name).touch()
+    known = {"adam3_optax/__init__.py", "adam3_optax/py.typed"}
+    assert release_build.sources() == known
+    for command in ("init -q", "add ."):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    stray = package / "stray.py"
+    stray.touch()
+    assert release_build.sources() == known
+    with pytest.raises(SystemExit, match=r"has \['adam3_optax/stray.py'\]"):
+        release_build.compare("wheel", known | {"adam3_optax/stray.py"}, known)
+
+
+def test_what_must_change_before_a_release_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release_build.check_entries()
+    monkeypatch.setattr(release_build, "ROOT", tmp_path)
+    monkeypatch.setattr(release_build, "version", lambda: "1.2.3")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "CITATION.cff").write_text("version: 1.2.3\n")
+    (tmp_path / "docs" / "index.md").write_text("pip install adam3-optax\n")
+    (tmp_path / "README.md").write_text("git clone URL-OF-THIS-REPOSITORY\n")
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2.3 - unreleased\n")
+    release_build.check_entries()
+    assert release_build.unready() == [
+        "README.md still says 'URL-OF-THIS-REPOSITORY'",
+        "README.md does not say 'pip install adam3-optax'",
+        "CHANGELOG.md has no date for 1.2.3",
+    ]
+    (tmp_path / "README.md").write_text("pip install adam3-optax\n")
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2.3 - 2027-01-02\n")
+    release_build.check_entries()
+    assert release_build.unready() == []
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2.3\n")
+    with pytest.raises(SystemExit, match=r"CHANGELOG\.md has no entry of version 1"):
+        release_build.check_entries()
