@@ -36,8 +36,9 @@ help:
 	@echo "make study     compare AdaM3 with other optimizers, tuned alike (hours; goes on if stopped)"
 	@echo "make records   draw the tables and figures of all records again, and those of docs/"
 	@echo "make compiled  count what a step moves on a TPU and on an H100, by their compilers, without"
-	@echo "               a device (downloads 4 GB; half an hour; COMPILERS=tpu or =cuda13 for one)"
-	@echo "make test      lint, type-check and run every test"
+	@echo "               a device (downloads 4 GB; three quarters of an hour; COMPILERS=tpu or"
+	@echo "               =cuda13 for one; with REQUIRE=1 none may be missing)"
+	@echo "make test      lint, type-check, and run all tests but the slow ones"
 	@echo "make test-package run the tests of the package alone, without lint"
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
 	@echo "make test-newest  the same with the newest ones that can be installed, whatever is pinned"
@@ -45,8 +46,9 @@ help:
 	@echo "make test-notebooks run all notebooks, and compare them with what they show"
 	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
 	@echo "make test-clients run the optimizer in libraries that take one of Optax's, and record it in"
-	@echo "               $(CLIENTS_RECORD) (downloads 2 GB; a quarter hour)"
-	@echo "make test-gpu  run every test on a GPU (GPU=cuda, or rocm); skipped where there is none"
+	@echo "               $(CLIENTS_RECORD) (downloads 2 GB; half an hour)"
+	@echo "make test-gpu  run all tests but the slow ones on a GPU (GPU=cuda, or rocm); skipped where"
+	@echo "               there is none"
 	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
 	@echo "make lint      lint and type-check alone"
 	@echo "make format    format the code"
@@ -82,12 +84,14 @@ records: $(STAMPS)/.bench
 	@"$(BIN)/python" -m docs.tables --write studies/records/* benchmarks/records/*
 
 # For each compiler that can be installed, runs $(1); says so in one line for the others.
+# With REQUIRE=1 that line is an error, so that CI does not pass with nothing run.
 define with_compilers
 @for compiler in $(COMPILERS); do \
   if $(MAKE) --no-print-directory ".venv-$$compiler/.compiler" COMPILER=$$compiler \
       VENV=.venv-$$compiler; \
   then ".venv-$$compiler/bin/python" $(1) || exit 1; \
-  else echo "make: jax[$$compiler] cannot be installed here, so nothing is counted for it"; fi; \
+  else echo "make: jax[$$compiler] cannot be installed here, so nothing is counted for it"; \
+    $(if $(REQUIRE),exit 1,true); fi; \
 done
 endef
 

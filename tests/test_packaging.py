@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -73,6 +74,22 @@ def test_wheel_requires_jax_jaxlib_and_optax_alone(wheel: Path) -> None:
         "optax",
     }
     assert message.version == adam3_optax.__version__
+
+
+def test_the_pythons_are_the_same_everywhere() -> None:
+    def versions(path: str, pattern: str) -> list[str]:
+        (found,) = re.findall(pattern, (ROOT / path).read_text())
+        return re.findall(r"\d\.\d+", found)
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"(?<=Python :: )\d\.\d+", "\n".join(project["classifiers"]))
+    assert project["requires-python"] == f">={named[0]}"
+    assert versions("Makefile", r"PYTHONS \?= (.*)") == named
+    assert versions("CONTRIBUTING.md", r"on Python (.* and\s+\S+), and fails") == named
+    assert versions("SUPPORT.md", r"Python (\S+ to \S+),") == [named[0], named[-1]]
+    assert versions(".github/workflows/test.yml", r"python: \[(.*)\]") == named
+    matrix = r"python-version: \|((?:\s+\d\.\d+)+)"
+    assert versions(".github/workflows/publish.yml", matrix) == named
 
 
 def test_wheel_runs_with_its_requirements_alone(wheel: Path, tmp_path: Path) -> None:

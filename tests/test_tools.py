@@ -1,6 +1,7 @@
 """What looks for interpreters, asks for links, and builds and checks the release."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -207,3 +208,21 @@ def test_what_must_change_before_a_release_is_named(
     (tmp_path / "CHANGELOG.md").write_text("## 1.2.3\n")
     with pytest.raises(SystemExit, match=r"CHANGELOG\.md has no entry of version 1"):
         release_build.check_entries()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("require", ["", "1"])
+def test_a_compiler_that_is_missing_fails_where_it_is_required(require: str) -> None:
+    settings = "COMPILERS=none", "PYTHON=false", f"REQUIRE={require}"
+    # Not what a make that runs the tests was given.
+    env = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    done = subprocess.run(
+        ["make", "test-compiled", *settings],
+        cwd=ROOT,
+        env=env,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert "jax[none] cannot be installed here" in done.stdout
+    assert bool(done.returncode) == bool(require)
