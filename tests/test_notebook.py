@@ -58,7 +58,7 @@ def run(notebook: Any, directory: Path) -> None:
         notebook,
         km=AsyncKernelManager(kernel_spec_manager=ThisInterpreter()),
         resources={"metadata": {"path": str(directory)}},
-        timeout=120,
+        timeout=600,  # seconds a cell, on a machine that does much else
         record_timing=False,
         coalesce_streams=True,
     ).execute(env=env, cleanup_kc=True)  # the default spares a manager given to it
