@@ -35,6 +35,7 @@ FIRST = {
     "_rounding": ["rounding"],
     "_transform": ["transform"],
     "_boxes": ["boxes"],
+    "_checks": ["transform", "mask"],
     "_optimizers": ["optimizers", "mask"],
     "_halves": ["bfloat16"],
     "_bfloat16": ["bfloat16"],
@@ -388,7 +389,7 @@ MUTANTS = [
     Mutant("_transform", "old, bits.s", "old, bits.v"),
     Mutant("_transform", "form.term(v_t, s_t, k)", "form.term(v_t, x, k)"),
     Mutant("_transform", "u_t.astype(g.dtype)", "u_t"),
-    Mutant("_transform", "jnp.ndim(state.count):", "False:"),
+    Mutant("_checks", "jnp.ndim(state.count):", "False:"),
     Mutant("_transform", "jax.tree.map_with_path(_check_parameter, params)", "pass"),
     Mutant("_transform", "not jnp.issubdtype(g.dtype, jnp.floating)", "False"),
     Mutant("_transform", "if shape != g.shape", "if len(shape or ()) != g.ndim"),
@@ -408,6 +409,8 @@ MUTANTS = [
         "_optimizers", "count=optax.safe_increment(state.count)", "count=state.count"
     ),
     Mutant("_optimizers", "jax.tree.map_with_path(check_boolean, tree)", "pass"),
+    Mutant("_masters", "jax.tree.map_with_path(check_boolean, mask)", "pass"),
+    Mutant("_checks", "not isinstance(state, kind)", "False"),
     Mutant(
         "_optimizers",
         "-jnp.asarray(rate_at(0), u.dtype)",

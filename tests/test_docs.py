@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +203,3 @@ def test_bytes_of_a_model_are_those_that_are_kept() -> None:
             shown = float(cell.removesuffix(" GB").replace(",", ""))
             assert shown == pytest.approx(each * n / 1e9, rel=0.01, abs=0.05), line
         assert int(cells[5]) == params[0].dtype.itemsize
-
-
-def test_the_decays_that_are_called_safe_do_not_warn() -> None:
-    page = (ROOT / "docs" / "choosing.md").read_text()
-    rows = re.findall(r"^\| (0\.\d+) \| (0\.\d+) \|$", page, re.M)
-    assert len(rows) == 3
-    for b2, b3 in rows:
-        with warnings.catch_warnings(action="error"):
-            adam3_optax.adam3(b2=float(b2), b3=float(b3))
-        with pytest.warns(adam3_optax.BlowUpWarning):  # a digit more would
-            adam3_optax.adam3(b2=float(b2), b3=float(b3) + 1e-4)

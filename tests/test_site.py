@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import tomllib
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,9 +87,12 @@ def test_bytes_of_the_state_are_those_that_are_kept() -> None:
             assert shown == pytest.approx(each * n / 1e9, rel=0.01, abs=0.06), row
 
 
-def test_largest_safe_b3_is_the_root_of_b2() -> None:
-    for b2, b3 in cells("choosing.md", "| b2 | largest safe b3"):
-        assert float(b3) == pytest.approx(float(b2) ** 0.5, abs=6e-5)
+def test_the_largest_b3_does_not_warn() -> None:
+    for b2, b3 in cells("choosing.md", "| b2 | largest b3 without the warning"):
+        with warnings.catch_warnings(action="error"):
+            adam3_optax.adam3(b2=float(b2), b3=float(b3))
+        with pytest.warns(adam3_optax.BlowUpWarning):
+            adam3_optax.adam3(b2=float(b2), b3=float(b3) + 1e-4)
 
 
 def test_arguments_on_the_page_are_those_of_both_optimizers() -> None:
