@@ -65,6 +65,18 @@ def boxed(names: Any) -> dict[str, Any]:
 # Linen.
 
 
+@functools.cache
+def linen_on_one_device() -> Any:
+    """Returns parameters and state after two steps, without boxes."""
+    params, optimizer = nn.meta.unbox(boxed(NAMES["rows"])), adam3w(0.1, **INT8)
+    update = jax.jit(optimizer.update)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = update(jax.tree.map(jnp.sin, params), state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.device_get((params, state))
+
+
 @EACH_MESH
 def test_linen_as_its_examples_do(devices: int, kind: AxisType, names: Any) -> None:
     # As in Flax's lm1b: shapes, then shardings by the boxes, then a compiled init.
@@ -79,16 +91,13 @@ def test_linen_as_its_examples_do(devices: int, kind: AxisType, names: Any) -> N
     def step(state: Any) -> Any:
         return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
 
-    expected = jax.jit(step)(jax.jit(step)(init()))
     with jax.set_mesh(mesh):
         shardings = nn.get_sharding(jax.eval_shape(init), mesh)
         state = jax.jit(init, out_shardings=shardings)()
         jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
         state = jitted(jitted(state))
-    assert_close(
-        jax.device_get((state.params, state.opt_state)),
-        jax.device_get((expected.params, expected.opt_state)),
-    )
+    found = nn.meta.unbox((state.params, state.opt_state))
+    assert_close(jax.device_get(found), linen_on_one_device())
     codes = state.opt_state[0].m.codes["kernel"].value
     assert codes.sharding.shard_shape(codes.shape) == tuple(
         size // (mesh.shape[name] if name else 1)
@@ -339,8 +348,12 @@ def test_nnx_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
     # In and out of nnx.jit; the optimizer made eagerly, and inside nnx.jit.
     make: Any = functools.partial(nnx_pair, names)
     jitted: Any = nnx.jit(nnx_step)
+    # Not compiled as a whole, each operation is compiled for the mesh: seconds.
+    eager = devices == 8
     with jax.set_mesh(mesh_of(devices, kind)):
-        for made, steps in ((make(), [nnx_step, jitted]), (nnx.jit(make)(), [jitted])):
+        runs = [(nnx.jit(make)(), [jitted])]
+        runs += [(make(), [nnx_step, jitted])] if eager else []
+        for made, steps in runs:
             for step in steps:
                 step(*made)
             codes = made[1].opt_state[0].m.codes["linear"]["kernel"]

@@ -129,7 +129,6 @@ def assert_on(tree: Any, shardings: Any) -> None:
 
 CASES = [
     *product(FORMS[-1:], ["mixed"], PARAMETERS_AND_STATE, KINDS),
-    *product(FORMS[-1:], ["default"], PARAMETERS_AND_STATE, [AxisType.Auto]),
     *product(FORMS[-1:], ["int8"], ["fully sharded"], KINDS),
     *product(FORMS[:-1], ["default"], ["fully sharded"], [AxisType.Explicit]),
 ]
@@ -422,7 +421,7 @@ def test_state_follows_the_parameters_unasked(storage: Any, kind: Any) -> None:
 
 
 @EACH_KIND
-@each_storage("default", "bfloat16", "int8")
+@each_storage("mixed")
 @pytest.mark.parametrize("spec", [P("data"), P(None, "model"), P("data", "model")])
 def test_no_device_computes_another_ones_shard(
     storage: Any, spec: Any, kind: AxisType
