@@ -42,7 +42,7 @@ help:
 	@echo "make test-package run the tests of the package alone, without lint"
 	@echo "make test-oldest  the same with the oldest JAX and Optax that are supported (Python 3.11)"
 	@echo "make test-newest  the same with the newest ones that can be installed, whatever is pinned"
-	@echo "make test-slow run the tests that take minutes each"
+	@echo "make test-slow run the tests that are too slow for make test (an hour)"
 	@echo "make test-notebooks run all notebooks, and compare them with what they show"
 	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
 	@echo "make test-clients run the optimizer in libraries that take one of Optax's, and record it in"
@@ -112,7 +112,7 @@ run-clients: $(STAMPS)/.clients
 	@JAX_PLATFORMS=cpu "$(BIN)/python" -m tests.run_clients "$(CLIENTS_RECORD)" $(CLIENTS)
 
 test: lint
-	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 $(TESTS)
+	@"$(BIN)/python" -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(TESTS)
 	@"$(BIN)/python" -c "import jax, platform; print('Passed on Python', \
 	  platform.python_version(), 'with jax', jax.__version__ + \
 	  ': ruff (lint, format), mypy, and the tests counted above.')"

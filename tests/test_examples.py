@@ -237,6 +237,7 @@ def test_quickstart_ends_at_the_least_squares_line(tmp_path: Path) -> None:
     assert lines[1] == lines[2] == "2.000 x -0.989"
 
 
+@pytest.mark.slow
 def test_digits_are_recognized(tmp_path: Path) -> None:
     *epochs, last = run(tmp_path, "digits_linen.py", "--epochs", "12").splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in epochs]

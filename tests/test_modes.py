@@ -44,9 +44,16 @@ FLAGS = {
     "checking_leaks": jax.checking_leaks,
     "disable_jit": jax.disable_jit,
 }
+SLOW_FLAGS = "checking_leaks", "disable_jit"
 
 
-@pytest.mark.parametrize("flag", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize(
+    "flag",
+    [
+        pytest.param(x, id=name, marks=[pytest.mark.slow] * (name in SLOW_FLAGS))
+        for name, x in FLAGS.items()
+    ],
+)
 def test_debugging_flags_find_nothing(flag: Any) -> None:
     # A run, eager and jitted, and all that can be done with its state, in all formats.
     known = KNOWN | {"third_moment": "cubic"}

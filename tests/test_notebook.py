@@ -144,12 +144,6 @@ def assert_runs(notebook: Any, directory: Path) -> None:
             assert_prints(cell, before)
 
 
-def test_the_first_cells_run_from_a_clean_kernel(tmp_path: Path) -> None:
-    notebook = read(PICTURES)
-    notebook.cells = code_cells(notebook)[:2]
-    assert_runs(notebook, tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_runs_from_a_clean_kernel(name: str, tmp_path: Path) -> None:

@@ -408,6 +408,7 @@ def test_smoothing_of_0_is_adamw_and_more_is_not() -> None:
     assert abs(some[-1] / none[-1] - 1) > 0.01
 
 
+@pytest.mark.slow
 def test_the_smoothed_loss_against_numpy() -> None:
     task = part("tasks").digits(width=8, batch=8)
     params = task.init(jax.random.key(0))
@@ -448,6 +449,7 @@ def test_arms_see_the_same_data_and_seeds_their_own() -> None:
     assert np.mean(one.y_out == 0) != np.mean(two.y_out == 0)
 
 
+@pytest.mark.slow
 def test_what_is_logged() -> None:
     [row] = program("standardized", lanes=1).train([(setting("standardized"), 0)])
     for name in ("validation_loss", "training_loss", "ratio", "ratio_tail", "clipped"):
@@ -461,6 +463,7 @@ def test_what_is_logged() -> None:
     assert 0 <= row["validation_error"][-1] <= 1
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_recorded_as_such() -> None:
     [row] = program("adamw", lanes=1).train([(setting("adamw", lr=1e30), 0)])
     assert (row["finite"], row["final"]) == (False, None)
@@ -493,6 +496,7 @@ def test_halves_of_a_batch_agree_where_the_skewness_is_real() -> None:
     assert abs(agreement(noise)) < 0.4  # 64 elements: sd 1/8
 
 
+@pytest.mark.slow
 def test_the_measured_ratio_is_that_of_the_update() -> None:
     arms = part("arms")
     h = setting("standardized", lam=0.1, b3=0.9)
@@ -605,6 +609,7 @@ def test_identity_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.identity(tasks.digits(width=8), 20)
 
 
+@pytest.mark.slow
 def test_the_random_sign_keeps_all_but_the_sign(gradients: list[Any]) -> None:
     adam, _ = direction("adamw", gradients)
     true, state = direction("standardized", gradients, lam=0.1)
@@ -801,6 +806,7 @@ def test_options_of_the_classifiers() -> None:
         assert 0.4 < float((clean != noisy).mean()) < 0.55
 
 
+@pytest.mark.slow
 def test_fresh_clusters_are_those_that_are_described() -> None:
     # The examples' second moments, which the centres' are part of, and frequencies.
     make = part("tasks").softmax
@@ -1184,6 +1190,7 @@ def standard_in_threads() -> Iterator[None]:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.mark.slow
 def test_a_study_runs_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], standard_in_threads: None
 ) -> None:

@@ -111,6 +111,7 @@ def test_only_a_lost_link_is_an_error(
     assert f"{host}/404 of index.html leads nowhere" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_folder_of_the_release_check_has_all_that_its_tests_read(
     tmp_path: Path,
 ) -> None:
