@@ -14,7 +14,7 @@ from adam3_optax._states import find
 
 def to_bfloat16_parameters(
     params: optax.Params, state: optax.OptState, mask: Any = None
-) -> tuple[optax.Params, Any]:
+) -> tuple[optax.Params, optax.OptState]:
     """Turns float32 parameters into bfloat16 ones, and keeps what rounding leaves.
 
     With int16 nothing is lost. int8 rounds to 24 bits. Without remainders the
@@ -91,7 +91,7 @@ def to_bfloat16_parameters(
     return treedef.unflatten(narrowed), state
 
 
-def to_float32_parameters(params: optax.Params, state: optax.OptState) -> Any:
+def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.Params:
     """Returns float32 parameters: the master weights, for evaluation or a checkpoint.
 
     Args:

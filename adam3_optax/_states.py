@@ -1,6 +1,6 @@
 """Where states of AdaM3, or of Adam, are inside an optimizer's state."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,9 @@ def find(state: optax.OptState, kind: type) -> list[tuple[str, Any, Mapping[str,
     return found
 
 
-def _walk(path: str, state: Any, known: Mapping[str, Any], kind: type) -> Any:
+def _walk(
+    path: str, state: Any, known: Mapping[str, Any], kind: type
+) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     def is_node(x: object) -> bool:
         return isinstance(x, (kind, *_INJECTED))
 

@@ -20,7 +20,8 @@ from adam3_optax._rule import Form, Moments
 
 NAMES = Moments("m", "v", "s")
 
-DTypeSetting = Any  # None, "float32", "bfloat16", "int8", or the dtype of that name
+# None, "float32", "bfloat16", "int8", or the dtype of that name.
+DTypeSetting = jax.typing.DTypeLike | None
 Field = Any  # m, v or s of a state: all leaves of one moment
 
 
@@ -292,8 +293,9 @@ def format_for(moment: str, setting: DTypeSetting) -> Format:
             f"{name} must be None, a string or a dtype, got {setting!r}. With "
             f"optax.inject_hyperparams, pass a string, or static_args={name!r}."
         )
-    known = setting
-    if not isinstance(setting, str | None):
+    if setting is None or isinstance(setting, str):
+        known = setting
+    else:
         try:
             known = jnp.dtype(setting).name
         except TypeError:
