@@ -46,7 +46,7 @@ help:
 	@echo "make test-notebooks run all notebooks, and compare them with what they show"
 	@echo "make test-compiled check the bytes on a TPU and on an H100 (COMPILERS as above)"
 	@echo "make test-clients run the optimizer in libraries that take one of Optax's, and record it in"
-	@echo "               $(CLIENTS_RECORD) (downloads 2 GB; half an hour)"
+	@echo "               $(CLIENTS_RECORD) (downloads 2 GB; ten minutes)"
 	@echo "make test-gpu  run all tests but the slow ones on a GPU (GPU=cuda, or rocm); skipped where"
 	@echo "               there is none"
 	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
