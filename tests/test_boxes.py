@@ -348,11 +348,8 @@ def test_nnx_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
     # In and out of nnx.jit; the optimizer made eagerly, and inside nnx.jit.
     make: Any = functools.partial(nnx_pair, names)
     jitted: Any = nnx.jit(nnx_step)
-    # Not compiled as a whole, each operation is compiled for the mesh: seconds.
-    eager = devices == 8
     with jax.set_mesh(mesh_of(devices, kind)):
-        runs = [(nnx.jit(make)(), [jitted])]
-        runs += [(make(), [nnx_step, jitted])] if eager else []
+        runs = [(nnx.jit(make)(), [jitted]), (make(), [nnx_step, jitted])]
         for made, steps in runs:
             for step in steps:
                 step(*made)

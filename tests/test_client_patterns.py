@@ -263,6 +263,8 @@ def test_purejaxrl(setting: Setting) -> None:
     params, rewards = jax.jit(jax.vmap(train))(keys)
     assert bool(jnp.all(rewards[:, -5:].mean(1) > rewards[:, :5].mean(1) + 0.1))
     assert all(x.dtype == setting.dtype for x in jax.tree.leaves(params))
+    alone = jax.jit(train)(keys[1])[1]
+    np.testing.assert_allclose(rewards[1, :3], alone[:3], atol=0.1)
 
 
 def test_adam3_and_its_shardings_fit_a_boxed_state() -> None:

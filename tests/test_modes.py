@@ -67,8 +67,9 @@ def test_debugging_flags_find_nothing(flag: Any) -> None:
             updates, state = update(gradients, state, params)
         assert_finite(updates)
         adam = optax.ScaleByAdamState(state[0].count, *(params, params))
-        from_adam_state(adam, **all_at("bfloat16"))
-        convert_state(state, **all_at("int8"))
+        for name in ("bfloat16", "int8"):
+            from_adam_state(adam, **all_at(name))
+            convert_state(state, **all_at(name))
         third_moment_report(state, **known).table()
 
 

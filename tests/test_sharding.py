@@ -129,6 +129,7 @@ def assert_on(tree: Any, shardings: Any) -> None:
 
 CASES = [
     *product(FORMS[-1:], ["mixed"], PARAMETERS_AND_STATE, KINDS),
+    *product(FORMS[-1:], ["default"], PARAMETERS_AND_STATE, [AxisType.Auto]),
     *product(FORMS[-1:], ["int8"], ["fully sharded"], KINDS),
     *product(FORMS[:-1], ["default"], ["fully sharded"], [AxisType.Explicit]),
 ]
