@@ -30,7 +30,7 @@ class Outcomes:
 
 def main(path: Path, distributions: list[str]) -> int:
     outcomes = Outcomes()
-    status = pytest.main(["-q", *TESTS], plugins=[outcomes])
+    status = pytest.main(["-q", "-m", "slow or not slow", *TESTS], plugins=[outcomes])
     shown = ["jax", "jaxlib", "optax", "flax", *distributions]
     versions = {name: version(name) for name in shown}
     record = {

@@ -201,7 +201,17 @@ INNERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", INNERS)
+# Each is two scans to compile: these take longest, and are like others of the list.
+SLOW_INNERS = "muon", "ademamix", "prodigy"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in SLOW_INNERS else [])
+        for x in INNERS
+    ],
+)
 def test_masters_are_those_of_float32_training(name: str) -> None:
     got, want = both(INNERS[name], 200)
     for key, x in want.items():

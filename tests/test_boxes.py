@@ -36,14 +36,26 @@ EACH_NAMES = pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 KINDS = AxisType.Auto, AxisType.Explicit
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 # Every way of splitting on eight devices; those that once failed on fewer.
-EACH_MESH = pytest.mark.parametrize(
+MESHES = [
+    *((8, kind, names) for kind in KINDS for names in NAMES.values()),
+    *((4, kind, NAMES["columns"]) for kind in KINDS),
+    (4, AxisType.Auto, NAMES["both"]),
+    (1, AxisType.Auto, NAMES["columns"]),
+    (1, AxisType.Explicit, NAMES["rows"]),
+]
+EACH_MESH = pytest.mark.parametrize(("devices", "kind", "names"), MESHES)
+# Without `jit` each operation is a program of its own, so one case takes seconds. Every
+# size, kind of axis and way of splitting is among the quick ones; the others are slow.
+QUICK = [
+    (8, AxisType.Auto, NAMES["both"]),
+    (4, AxisType.Explicit, NAMES["columns"]),
+    (1, AxisType.Explicit, NAMES["rows"]),
+]
+EACH_EAGER_MESH = pytest.mark.parametrize(
     ("devices", "kind", "names"),
     [
-        *((8, kind, names) for kind in KINDS for names in NAMES.values()),
-        *((4, kind, NAMES["columns"]) for kind in KINDS),
-        (4, AxisType.Auto, NAMES["both"]),
-        (1, AxisType.Auto, NAMES["columns"]),
-        (1, AxisType.Explicit, NAMES["rows"]),
+        pytest.param(*mesh, marks=[] if mesh in QUICK else pytest.mark.slow)
+        for mesh in MESHES
     ],
 )
 
@@ -343,20 +355,27 @@ def nnx_on_one_device(names: Any) -> list[Any]:
     return found
 
 
+def assert_nnx_steps(made: tuple[Model, Any], names: Any, steps: list[Any]) -> None:
+    """Asserts the results of one device, and codes that lie as their parameter does."""
+    for step in steps:
+        step(*made)
+    codes = made[1].opt_state[0].m.codes["linear"]["kernel"]
+    assert codes[...].sharding.spec == made[0].linear.kernel[...].sharding.spec
+    expected = nnx_on_one_device(names)[len(steps)]
+    assert_close(jax.device_get(nnx.state(made[0])), expected)
+
+
 @EACH_MESH
-def test_nnx_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
-    # In and out of nnx.jit; the optimizer made eagerly, and inside nnx.jit.
-    make: Any = functools.partial(nnx_pair, names)
-    jitted: Any = nnx.jit(nnx_step)
+def test_nnx_in_nnx_jit_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
+    make: Any = nnx.jit(functools.partial(nnx_pair, names))
     with jax.set_mesh(mesh_of(devices, kind)):
-        runs = [(nnx.jit(make)(), [jitted]), (make(), [nnx_step, jitted])]
-        for made, steps in runs:
-            for step in steps:
-                step(*made)
-            codes = made[1].opt_state[0].m.codes["linear"]["kernel"]
-            assert codes[...].sharding.spec == made[0].linear.kernel[...].sharding.spec
-            expected = nnx_on_one_device(names)[len(steps)]
-            assert_close(jax.device_get(nnx.state(made[0])), expected)
+        assert_nnx_steps(make(), names, [nnx.jit(nnx_step)])
+
+
+@EACH_EAGER_MESH
+def test_nnx_eagerly_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
+    with jax.set_mesh(mesh_of(devices, kind)):
+        assert_nnx_steps(nnx_pair(names), names, [nnx_step, nnx.jit(nnx_step)])
 
 
 @EACH_NAMES

@@ -22,11 +22,21 @@ from jax.sharding import PartitionSpec as P
 
 import adam3_optax
 from adam3_optax import adam3w, state_shardings
-from tests.clients import EACH_SETTING, RATE, Setting, X, Y
+from tests.clients import BFLOAT16, FLOAT32, INT8, RATE, Setting, X, Y
 from tests.settings import F32, moments
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 nn: Any = import_module("flax.linen")  # not all of it is typed as exported
+# int8 is what once failed. The others are slow; `make test-clients` runs them.
+INT8_QUICKLY = pytest.mark.parametrize(
+    "setting",
+    [
+        INT8,
+        pytest.param(FLOAT32, marks=pytest.mark.slow),
+        pytest.param(BFLOAT16, marks=pytest.mark.slow),
+    ],
+    ids=lambda x: x.name,
+)
 RULES = (("embed", "fsdp"), ("mlp", "tensor"))
 
 
@@ -72,7 +82,7 @@ def split_over_data(shape: Any, where: NamedSharding) -> NamedSharding:
 
 
 @pytest.mark.parametrize("zero_1", [False, True])
-@EACH_SETTING
+@INT8_QUICKLY
 def test_maxtext_state(setting: Setting, zero_1: bool) -> None:
     model, mesh = Boxed(setting.dtype), mesh_of("data", "fsdp", "tensor")
     mask = functools.partial(
@@ -216,7 +226,7 @@ def test_big_vision(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 # PureJaxRL: training is one program of nested scans, and seeds are a vmap around it.
 
 
-@EACH_SETTING
+@INT8_QUICKLY
 def test_purejaxrl(setting: Setting) -> None:
     inner = setting.optimizer() if setting.name != "float32" else None
 

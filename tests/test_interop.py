@@ -31,7 +31,6 @@ from adam3_optax import adam3, adam3w, bfloat16_parameters, scale_by_adam3
 from tests.settings import (
     BF16,
     EACH_FORM,
-    EACH_STORAGE,
     F32,
     F64,
     GRADIENTS,
@@ -288,7 +287,7 @@ def test_get_and_set_by_name() -> None:
 # Transformations of JAX.
 
 
-@EACH_STORAGE
+@each_storage("default", "int8", "mixed")
 def test_scans_members_and_donated_steps_are_a_loop(storage: Any) -> None:
     optimizer = adam3w(1e-2, **storage)
     straight = train(optimizer, gradients=FEW)
@@ -447,20 +446,28 @@ def fresh(wrap: str) -> Any:
     return optax.masked(ours, {"w": True, "b": False}) if wrap == "masked" else ours
 
 
+@functools.cache
+def straight(wrap: str) -> tuple[Any, Any]:
+    """Returns parameters and state in the middle of a run, and at its end."""
+    optimizer = fresh(wrap)
+    middle = end = train(optimizer, gradients=FEW[:2])
+    for g in FEW[2:]:
+        end = step(optimizer, *end, g)
+    return middle, end
+
+
 @pytest.mark.parametrize("wrap", ["plain", "injected", "masked"])
 @pytest.mark.parametrize("keep", [by_pickle, by_bytes, by_state_dict, by_orbax])
 def test_a_restored_run_is_the_straight_run(
     wrap: str, keep: Any, tmp_path: Path
 ) -> None:
     # Bit for bit, by an optimizer made anew, as after a restart.
-    optimizer, again = fresh(wrap), fresh(wrap)
-    params, state = train(optimizer, gradients=FEW[:2])
+    (params, state), end = straight(wrap)
+    again = fresh(wrap)
     resumed = params, keep(state, again.init(PARAMS), tmp_path)
-    straight = params, state
     for g in FEW[2:]:
-        straight = step(optimizer, *straight, g)
         resumed = step(again, *resumed, g)
-    assert_same(resumed, straight)
+    assert_same(resumed, end)
 
 
 def test_orbax_restores_shardings(tmp_path: Path) -> None:
