@@ -355,7 +355,7 @@ def nnx_on_one_device(names: Any) -> list[Any]:
     return found
 
 
-def assert_nnx_steps(made: tuple[Model, Any], names: Any, steps: list[Any]) -> None:
+def assert_nnx_steps(made: Any, names: Any, steps: list[Any]) -> None:
     """Asserts the results of one device, and codes that lie as their parameter does."""
     for step in steps:
         step(*made)
