@@ -31,6 +31,7 @@ from adam3_optax import adam3, adam3w, bfloat16_parameters, scale_by_adam3
 from tests.settings import (
     BF16,
     EACH_FORM,
+    EACH_STORAGE,
     F32,
     F64,
     GRADIENTS,
@@ -287,7 +288,7 @@ def test_get_and_set_by_name() -> None:
 # Transformations of JAX.
 
 
-@each_storage("default", "int8", "mixed")
+@EACH_STORAGE
 def test_scans_members_and_donated_steps_are_a_loop(storage: Any) -> None:
     optimizer = adam3w(1e-2, **storage)
     straight = train(optimizer, gradients=FEW)
