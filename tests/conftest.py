@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -42,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def with_standard_promotion(run: Callable[[], None]) -> None:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         run()
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """For what is compared with the CPU's devices, of which every mesh is made."""
+    with jax.default_device(jax.devices("cpu")[0]) if GPU else nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -394,6 +394,7 @@ def test_under_jit_vmap_and_donation(remainder: Any) -> None:
         optimizer.update(g, many[1], params)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @EACH
 def test_shards_as_the_parameters_do(remainder: Any, kind: Any) -> None:
@@ -719,6 +720,8 @@ def test_with_boxes_of_metadata_on_a_mesh(remainder: Any) -> None:
     assert masters["params"]["kernel"].value.dtype == F32
 
 
+# On the default platform, for Orbax restores onto no other without a tree of shardings.
+@pytest.mark.usefixtures("on_cpu")
 @EACH
 def test_checkpoints(remainder: Any, tmp_path: Any) -> None:
     optimizer = bfloat16_parameters(adam3w(1e-2), remainder)

@@ -321,9 +321,14 @@ def test_plain_gradients_decay_parameters_in_boxes() -> None:
 # NNX.
 
 
+def drawn(_: Any, shape: Any, dtype: Any, **__: Any) -> jax.Array:
+    """Initializes by NumPy's numbers; those of `jax.random` would be compiled."""
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
 class Model(nnx.Module):
     def __init__(self, names: Any) -> None:
-        split = functools.partial(nnx.with_partitioning, nnx.initializers.normal())
+        split = functools.partial(nnx.with_partitioning, drawn)
         self.linear = nnx.Linear(
             16,
             32,

@@ -379,6 +379,7 @@ def test_in_double_precision(x64: None) -> None:
     assert found.ratio.dtype == jnp.float32
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [

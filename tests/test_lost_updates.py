@@ -164,6 +164,7 @@ def test_it_runs_under_the_flags_for_debugging(strict: bool) -> None:
         assert "nan" in found.table()
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_it_is_exported_with_sizes_that_are_not_known_yet() -> None:
     [n] = jax.export.symbolic_shape("n")
     shape = jax.ShapeDtypeStruct((n, 3), jnp.bfloat16)

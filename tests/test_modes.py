@@ -240,6 +240,7 @@ def test_shapes_may_be_symbolic() -> None:
         jax.eval_shape(scale_by_adam3(**INT8).init, symbolic)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @EACH_STORAGE
 def test_a_step_exports_with_symbolic_shapes(storage: Any) -> None:
     # Called with numbers, it is the plain step bit for bit.

@@ -57,7 +57,7 @@ def run(
     optimizer: optax.GradientTransformation, gradients: Any, dtype: Any = jnp.float32
 ) -> tuple[Any, Any]:
     """Returns the states and updates after each gradient, from a jitted step."""
-    gradients = jnp.asarray(gradients, dtype)
+    gradients = np.asarray(gradients, dtype)
     state = optimizer.init(gradients[0])
     trail = []
     for g in gradients:

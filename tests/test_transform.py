@@ -156,6 +156,8 @@ def test_every_buffer_can_be_donated(storage: Any) -> None:
     assert_finite(params)
 
 
+# XLA on a GPU needs eight.
+@pytest.mark.usefixtures("on_cpu")
 def test_a_step_out_of_order_needs_twelve_bytes_a_parameter() -> None:
     # What users are told: (gradients, state, params) -> (params, state) pairs the new
     # parameters with the old m, m with v, and so on.

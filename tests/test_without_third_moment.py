@@ -207,6 +207,7 @@ def test_transformations_of_steps() -> None:
     assert first_step(WITHOUT(), {})[0] == {}
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh(kind: AxisType) -> None:
     optimizer = WITHOUT(**WITHOUT_S["int8"])
