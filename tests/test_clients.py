@@ -7,7 +7,7 @@ tested in test_interop.py and test_client_patterns.py.
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -257,7 +257,7 @@ def test_flowjax(setting: Setting) -> None:
 def netket(monkeypatch: pytest.MonkeyPatch) -> Any:
     # It would switch on float64 for all tests.
     monkeypatch.setenv("NETKET_ENABLE_X64", "0")
-    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    before = cast(Any, jax.config).jax_enable_x64
     module = client("netket")
     jax.config.update("jax_enable_x64", before)
     return module
