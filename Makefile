@@ -155,6 +155,7 @@ lint: $(STAMPS)/.dev
 	@"$(BIN)/ruff" check --quiet
 	@"$(BIN)/ruff" format --check --quiet
 	@"$(BIN)/mypy" --no-error-summary
+	@"$(BIN)/zizmor" --offline -qq --format github .github
 
 format: $(STAMPS)/.dev
 	@"$(BIN)/ruff" check --fix --quiet
