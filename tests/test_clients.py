@@ -411,6 +411,7 @@ def test_levanter_decays_and_injects() -> None:
         def build(self, num_train_steps: int) -> Any:
             return optax.inject_hyperparams(adam3w, static_args="mask")(
                 self.lr_scheduler(num_train_steps),
+                third_moment=None,
                 weight_decay=self.weight_decay,
                 mask=self.build_weight_decay_mask(),
             )
