@@ -177,6 +177,7 @@ def test_bytes_of_a_model_are_those_that_are_kept() -> None:
     shapes = [*embeddings, *12 * [*block, *6 * [(768,)]], (768,), (768,)]
     adam3w: Any = adam3_optax.adam3w
     wrapped = adam3_optax.bfloat16_parameters
+    halves = adam3w(third_moment=None, m_dtype="bfloat16", v_dtype="bfloat16")
     control = adam3w(third_moment=None, m_dtype="int8", v_dtype="int8")
     every: list[tuple[Any, str]] = [
         (optax.adamw(1e-3), "float32"),
@@ -185,6 +186,7 @@ def test_bytes_of_a_model_are_those_that_are_kept() -> None:
         (adam3w(**all_at("int8")), "float32"),
         (wrapped(optax.adamw(1e-3)), "bfloat16"),
         (wrapped(adam3w(**all_at("int8"))), "bfloat16"),
+        (wrapped(halves), "bfloat16"),
         (wrapped(control), "bfloat16"),
         (wrapped(control, "int8"), "bfloat16"),
         (wrapped(control, None), "bfloat16"),
