@@ -167,7 +167,7 @@ def test_float32_is_the_type_of_float64_parameters_too(x64: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "leaves"), [*((form, 1) for form in FORMS), (FORMS[-1], 16)]
+    ("form", "leaves"), [*((form, 1) for form in FORMS), (FORMS[-1], 4)]
 )
 def test_temporary_memory(form: Any, leaves: int) -> None:
     # Bytes a parameter beyond arguments and results; docs/low_precision.md says what
