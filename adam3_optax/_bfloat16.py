@@ -76,6 +76,7 @@ def bfloat16_parameters(
         optimizer's for others.
 
     Raises:
+        TypeError: `inner` is no optimizer.
         ValueError: Another `remainder`; at init, float16 parameters; at update, no
             parameters, a state made with another `remainder`, or a parameter whose
             dtype or shape does not fit its remainder (without remainders, and for
@@ -105,6 +106,10 @@ def bfloat16_parameters(
     if remainder not in ("int16", "int8", None):
         raise ValueError(
             f"remainder must be 'int16', 'int8' or None, got {remainder!r}"
+        )
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"inner must be an optimizer, such as optax.adamw(1e-3), got {inner!r}"
         )
     wrapped = optax.with_extra_args_support(inner)
 

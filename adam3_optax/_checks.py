@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adam3_optax import _boxes
+
 
 def check_state(state: Any, kind: type) -> None:
     """Raises if a state is not of a kind, or is of several optimizers."""
@@ -36,6 +38,28 @@ def check_boolean(path: tuple[Any, ...], x: Any) -> None:
             f"mask{jax.tree_util.keystr(path)} must be a boolean that does not depend "
             f"on traced values, got {x!r}"
         )
+
+
+def mapped_mask(mask: Any, params: Any) -> Any:
+    """Returns a mask with a boolean for each parameter.
+
+    Raises:
+        TypeError: A leaf of the mask is no boolean.
+        ValueError: The mask is no tree like the parameters, nor a prefix of it.
+    """
+    jax.tree.map_with_path(check_boolean, mask)
+    try:
+        return jax.tree.map(
+            lambda choice, part: jax.tree.map(
+                lambda _: bool(choice), part, is_leaf=_boxes.is_box
+            ),
+            mask,
+            params,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"mask must be a tree like params, or a prefix: {error}"
+        ) from error
 
 
 def leaves_like(treedef: Any, tree: Any, name: str, model: str) -> list[Any]:

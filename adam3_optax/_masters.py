@@ -8,7 +8,7 @@ import optax
 
 from adam3_optax import _boxes, _halves, _rounding
 from adam3_optax._bfloat16 import BFloat16ParametersState, check_fits, is_narrow
-from adam3_optax._checks import check_boolean, check_not_stacked, leaves_like
+from adam3_optax._checks import check_not_stacked, leaves_like, mapped_mask
 from adam3_optax._states import find
 
 
@@ -105,7 +105,7 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.
 
     Raises:
         ValueError: No state of `bfloat16_parameters`, or one of parameters of other
-            shapes.
+            shapes or dtypes.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -125,8 +125,10 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.
         rests = leaves_like(treedef, one.remainder, "the remainder", "params")
         for i, rest in enumerate(rests):
             param, rest = _boxes.opened((boxes[i], rest))
-            if is_narrow(param) and _owns(rest):
-                check_fits(paths[i][0], param, rest)
+            if not _owns(rest):
+                continue
+            check_fits(paths[i][0], param, rest)
+            if is_narrow(param):
                 boxes[i] = _boxes.refilled(boxes[i], _halves.join(param, rest))
     return treedef.unflatten(boxes)
 
@@ -141,21 +143,7 @@ def _owns(rest: Any) -> bool:
 
 def _chosen(mask: Any, params: optax.Params) -> list[bool]:
     """Returns for each parameter whether it shall become bfloat16."""
-    mask = True if mask is None else mask
-    jax.tree.map_with_path(check_boolean, mask)
-    try:
-        every = jax.tree.map(
-            lambda choice, part: jax.tree.map(
-                lambda _: bool(choice), part, is_leaf=_boxes.is_box
-            ),
-            mask,
-            params,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"mask must be a tree like params, or a prefix: {error}"
-        ) from error
-    return jax.tree.leaves(every)
+    return jax.tree.leaves(mapped_mask(True if mask is None else mask, params))
 
 
 def _check_shape(path: tuple[Any, ...], master: jax.Array, rest: Any) -> None:

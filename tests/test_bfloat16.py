@@ -646,6 +646,9 @@ def test_a_stacked_state_is_named() -> None:
 def test_errors_name_what_was_wrong() -> None:
     with pytest.raises(ValueError, match="remainder must be 'int16', 'int8' or None"):
         bfloat16_parameters(optax.sgd(1.0), "int4")  # type: ignore[arg-type]
+    for inner in (optax.sgd, None):
+        with pytest.raises(TypeError, match=r"inner must be an optimizer, such as opt"):
+            bfloat16_parameters(inner)
     optimizer = bfloat16_parameters(optax.sgd(1.0))
     with pytest.raises(ValueError, match=r"params\['w'\] is float16"):
         optimizer.init({"w": jnp.ones(2, jnp.float16)})
@@ -659,10 +662,12 @@ def test_errors_name_what_was_wrong() -> None:
     # Equinox adds without a cast, so that the parameters become float32.
     updates, state = optimizer.update(params, state, params)
     wrong = eqx.apply_updates(params, updates)
-    with pytest.raises(
-        ValueError, match=r"Was it bfloat16\? optax\.apply_updates keeps"
-    ):
+    keeps = r"Was it bfloat16\? optax\.apply_updates keeps"
+    with pytest.raises(ValueError, match=keeps):
         optimizer.update(params, state, wrong)
+    # Without an error the parameters would come back without their remainders.
+    with pytest.raises(ValueError, match=keeps):
+        to_float32_parameters(wrong, state)
 
 
 @EACH

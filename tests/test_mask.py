@@ -120,6 +120,13 @@ def test_a_mask_that_is_not_boolean_is_named(leaf: Any) -> None:
             adam3w(mask=mask).init(MIXED)
 
 
+@pytest.mark.parametrize("mask", [{"w": True}, [True, False], {"w": True, "b": None}])
+def test_a_mask_of_another_structure_is_named(mask: Any) -> None:
+    for optimizer in (adam3w(mask=mask), adam3w(mask=lambda _: mask)):
+        with pytest.raises(ValueError, match="mask must be a tree like params, or a "):
+            optimizer.init({"w": jnp.ones(3), "b": jnp.ones(3)})
+
+
 def test_booleans_of_every_kind_are_masks() -> None:
     for true in (True, np.True_, np.array(True), jnp.array(True)):
         optimizer = adam3w(0.1, weight_decay=0.5, mask={"w": true, "b": False})
