@@ -162,7 +162,7 @@ format: $(STAMPS)/.dev
 	@"$(BIN)/ruff" format
 
 docs: $(STAMPS)/.docs
-	@NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs --quiet build --strict
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict
 	@"$(BIN)/python" tools/check_site.py site
 
 check-links: docs
@@ -213,7 +213,8 @@ $(STAMPS)/.docs: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@touch "$@"
 
 $(STAMPS)/.release: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
-	@$(PIP) -e '.[release]'
+	@"$(BIN)/python" -c "import tomllib; print(*tomllib.load(open('pyproject.toml', \
+	  'rb'))['project']['optional-dependencies']['release'], sep='\n')" | xargs $(PIP)
 	@touch "$@"
 
 $(STAMPS)/.dev: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)

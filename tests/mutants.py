@@ -408,8 +408,8 @@ MUTANTS = [
     Mutant(
         "_optimizers", "count=optax.safe_increment(state.count)", "count=state.count"
     ),
-    Mutant("_optimizers", "jax.tree.map_with_path(check_boolean, tree)", "pass"),
-    Mutant("_masters", "jax.tree.map_with_path(check_boolean, mask)", "pass"),
+    Mutant("_optimizers", "mapped_mask(tree, params)", "pass"),
+    Mutant("_checks", "jax.tree.map_with_path(check_boolean, mask)", "pass"),
     Mutant("_checks", "not isinstance(state, kind)", "False"),
     Mutant(
         "_optimizers",

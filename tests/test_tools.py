@@ -192,6 +192,7 @@ def test_what_must_change_before_a_release_is_named(
     monkeypatch.setattr(release_build, "ROOT", tmp_path)
     monkeypatch.setattr(release_build, "version", lambda: "1.2.3")
     (tmp_path / "docs").mkdir()
+    (tmp_path / "LICENSE").write_text("Apache License\n")
     (tmp_path / "CITATION.cff").write_text("version: 1.2.3\n")
     (tmp_path / "docs" / "index.md").write_text("pip install adam3-optax\n")
     (tmp_path / "README.md").write_text("git clone URL-OF-THIS-REPOSITORY\n")
@@ -209,6 +210,39 @@ def test_what_must_change_before_a_release_is_named(
     (tmp_path / "CHANGELOG.md").write_text("## 1.2.3\n")
     with pytest.raises(SystemExit, match=r"CHANGELOG\.md has no entry of version 1"):
         release_build.check_entries()
+
+
+def test_what_fails_a_check_leaves_no_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out" / "release"
+    monkeypatch.setattr(release_build, "OUT", out)
+    monkeypatch.setattr(sys, "argv", ["release_build"])
+
+    def build(folder: Path) -> tuple[Path, Path]:
+        (folder / "x.whl").touch()
+        return folder / "x.tar.gz", folder / "x.whl"
+
+    monkeypatch.setattr(release_build, "build", build)
+    for name in ("check_contents", "check_metadata"):
+        monkeypatch.setattr(release_build, name, lambda *files: None)
+    release_build.main()
+    assert [path.name for path in out.iterdir()] == ["x.whl"]
+
+    def fail(wheel: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(release_build, "check_metadata", fail)
+    with pytest.raises(KeyboardInterrupt):
+        release_build.main()
+    assert [*out.parent.iterdir()] == []
+
+
+def test_a_link_must_lead_into_the_repository() -> None:
+    assert release_build.is_inside("docs/faq.md")
+    assert release_build.is_inside("studies")
+    for name in ("docs/nowhere.md", "../outside.md", "/docs/faq.md"):
+        assert not release_build.is_inside(name)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -35,8 +35,10 @@ else:
 
         def update(self, metadata: dict[str, Any]) -> None:
             """Sets `readme`."""
-            text = Path(self.root, "README.md").read_text()
-            init = Path(self.root, "adam3_optax", "__init__.py").read_text()
+            text, init = (
+                Path(self.root, name).read_text(encoding="utf-8")
+                for name in ("README.md", "adam3_optax/__init__.py")
+            )
             (version,) = re.findall(r'^__version__ = "(.*)"$', init, re.M)
             repository = metadata["urls"]["Repository"]
             metadata["readme"] = {

@@ -3,8 +3,9 @@
     make release-build
     make release-build PUBLISH=1    # it must also be ready to publish
 
-It builds an sdist, and a wheel from the sdist, into out/release/. Nothing is published.
-tools/release_check.py tests what was built.
+It builds an sdist, and a wheel from the sdist. If all is right they lie in
+out/release/; if not, nothing does. Nothing is published. tools/release_check.py tests
+what was built.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -42,6 +44,25 @@ def must(*command: object, cwd: Path = ROOT) -> None:
         sys.exit("failed: " + " ".join(map(str, command)))
 
 
+def git(*arguments: str) -> str:
+    """Returns what git says of this checkout."""
+    command = "git", "-C", str(ROOT), *arguments
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, encoding="utf-8"
+        )
+    except OSError as error:
+        sys.exit(f"the release is built from a checkout, which needs git: {error}")
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def text_of(name: str) -> str:
+    """Returns the text of a file of the repository."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def build(out: Path) -> tuple[Path, Path]:
     """Builds the sdist, and the wheel from it; returns both."""
     hatchling = sys.executable, "-m", "hatchling", "build", "-d", out
@@ -61,11 +82,7 @@ def sources() -> set[str]:
     Where the sources are no checkout, they are those in the folder.
     """
     if (ROOT / ".git").exists():
-        command = "git", "ls-files", "adam3_optax"
-        found = subprocess.run(
-            command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
-        )
-        return {*found.stdout.splitlines()}
+        return {x for x in git("ls-files", "-z", "adam3_optax").split("\0") if x}
     names = {path.name for path in (ROOT / "adam3_optax").glob("*.py")}
     return {f"adam3_optax/{name}" for name in names | {"py.typed"}}
 
@@ -73,6 +90,8 @@ def sources() -> set[str]:
 def check_contents(sdist: Path, wheel: Path) -> None:
     """Compares the names of the files with those that should be there."""
     inside = sources()
+    if "adam3_optax/py.typed" not in inside:
+        sys.exit("adam3_optax/py.typed is missing: without it no user sees the types")
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     compare("sdist", names, inside | TOP)
@@ -102,13 +121,20 @@ def check_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
     metadata = Metadata.from_email(archive.read(name), validate=True)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert str(metadata.version) == version(), metadata.version
-    assert metadata.project_urls == project["urls"], metadata.project_urls
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
     needed = {
         r.name for r in metadata.requires_dist or () if "extra" not in str(r.marker)
     }
-    assert needed == {"jax", "jaxlib", "optax"}, needed
+    for what, found, wanted in (
+        ("version", str(metadata.version), version()),
+        ("addresses", metadata.project_urls, project["urls"]),
+        ("requirements", needed, {"jax", "jaxlib", "optax"}),
+        ("license", metadata.license_expression, "Apache-2.0"),
+        # The newest that the tools which publish it know.
+        ("version of the metadata", metadata.metadata_version, "2.4"),
+    ):
+        if found != wanted:
+            sys.exit(f"the wheel's {what} must be {wanted}, not {found}")
     page = markdown.render(metadata.description or "")
     if page is None:
         sys.exit("README.md cannot be rendered by a package index")
@@ -116,17 +142,33 @@ def check_metadata(wheel: Path) -> None:
     wrong = [x for x in links if not re.match(r"https?://|mailto:|#", x)]
     if wrong or not links:
         sys.exit(f"links of the long description are not absolute: {wrong}")
+    mine = re.compile(rf"{project['urls']['Repository']}/(?:blob|raw)/v[^/]*/([^#]*)")
+    lost = [
+        link
+        for link in links
+        if (found := mine.match(link)) and not is_inside(found.group(1))
+    ]
+    if lost:
+        sys.exit(f"links of the long description to files that are not there: {lost}")
     print(f"metadata: {metadata.name} {metadata.version}, {len(links)} absolute links")
 
 
+def is_inside(name: str) -> bool:
+    """Returns whether a path names a file or a folder of the repository."""
+    path = (ROOT / name).resolve()
+    return not name.startswith("/") and path.is_relative_to(ROOT) and path.exists()
+
+
 def check_entries() -> None:
-    """Ends the check if a file does not know the version."""
+    """Ends the check if a file does not know the version, or is no license."""
+    if "Apache License" not in text_of("LICENSE"):
+        sys.exit("LICENSE is not the text of Apache-2.0")
     number = re.escape(version())
     for file, pattern in (
         ("CITATION.cff", rf"^version: {number}$"),
         ("CHANGELOG.md", rf"^## {number} - (unreleased|\d{{4}}-\d\d-\d\d)$"),
     ):
-        if not re.search(pattern, (ROOT / file).read_text(), re.M):
+        if not re.search(pattern, text_of(file), re.M):
             sys.exit(f"{file} has no entry of version {version()}")
 
 
@@ -134,18 +176,21 @@ def unready() -> list[str]:
     """Returns what must be changed before the release is published, a line each."""
     found = []
     for page in INSTALLING:
-        text = (ROOT / page).read_text()
+        text = text_of(page)
         found += [f"{page} still says {words!r}" for words in NOT_YET if words in text]
         if INSTALL not in text:
             found.append(f"{page} does not say {INSTALL!r}")
-    if f"## {version()} - unreleased" in (ROOT / "CHANGELOG.md").read_text():
+    if f"## {version()} - unreleased" in text_of("CHANGELOG.md"):
         found.append(f"CHANGELOG.md has no date for {version()}")
+    if (ROOT / ".git").exists():
+        changed = git("status", "--porcelain").splitlines()
+        found += [f"the checkout is not its commit: {line}" for line in changed]
     return found
 
 
 def version() -> str:
     """Returns the version of the sources."""
-    text = (ROOT / "adam3_optax" / "__init__.py").read_text()
+    text = text_of("adam3_optax/__init__.py")
     return re.findall(r'^__version__ = "(.*)"$', text, re.M)[0]
 
 
@@ -158,17 +203,27 @@ def main() -> None:
     if importlib.util.find_spec("hatchling") is None:
         sys.exit("hatchling is missing: run this by make release-build")
     shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir(parents=True)
-    sdist, wheel = build(OUT)
-    check_contents(sdist, wheel)
-    check_metadata(wheel)
-    check_entries()
-    lines = unready()
-    for line in lines:
-        print(f"before publishing: {line}")
-    if args.publish and lines:
-        sys.exit("not ready to publish: see the lines above")
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    # Only what passed every check gets the name by which others take it.
+    with tempfile.TemporaryDirectory(dir=OUT.parent) as folder:
+        out = Path(folder, "release")
+        out.mkdir()
+        sdist, wheel = build(out)
+        check_contents(sdist, wheel)
+        check_metadata(wheel)
+        check_entries()
+        lines = unready()
+        for line in lines:
+            print(f"before publishing: {line}")
+        if args.publish and lines:
+            sys.exit("not ready to publish: see the lines above")
+        out.rename(OUT)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was built")
+    except OSError as error:
+        sys.exit(f"{OUT} cannot be written, or a file not read: {error}")
