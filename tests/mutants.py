@@ -303,7 +303,7 @@ MUTANTS = [
     Mutant("_masters", "if chosen[i]:", "if True:"),
     Mutant("_masters", " or jnp.result_type(master) != jnp.float32", ""),
     Mutant("_masters", "not _owns(rest) or ", ""),
-    Mutant("_masters", "and _owns(rest)", ""),
+    Mutant("_masters", "if not _owns(rest):", "if False:"),
     Mutant("_masters", "one.count + 1", "one.count"),
     Mutant("_masters", "check_not_stacked(one)", "pass"),
     Mutant("_masters", "_check_shape(path, master, rest)", "pass"),
