@@ -46,6 +46,8 @@ class Document(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Keeps what one tag names."""
+        if ("rel", "canonical") in attrs:
+            return  # the page's own address: nothing is loaded from it
         for name, value in attrs:
             if name in ("id", "name") and value:
                 self.anchors.add(value)

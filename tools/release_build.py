@@ -191,7 +191,10 @@ def unready() -> list[str]:
 def version() -> str:
     """Returns the version of the sources."""
     text = text_of("adam3_optax/__init__.py")
-    return re.findall(r'^__version__ = "(.*)"$', text, re.M)[0]
+    found = re.findall(r'^__version__ = "(.*)"$', text, re.M)
+    if len(found) != 1 or not re.fullmatch(r"\d+(\.\d+)*((a|b|rc)\d+)?", found[0]):
+        sys.exit(f'one __version__ such as "0.1.0" or "0.2.0rc1" is needed: {found}')
+    return str(found[0])
 
 
 def main() -> None:
