@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from adam3_optax import adam3w
 from tests.clients import (
@@ -461,7 +462,7 @@ def test_maxtext_builds_it_in_place_of_adamw(monkeypatch: pytest.MonkeyPatch) ->
         RATE, 0.9, 0.95, b3=0.9, weight_decay=0.1, mask={"kernel": True, "bias": False}
     )
     alone = plain.init(params)
-    for loss in (1.0, 1.1, 0.9, 50.0):
+    for loss in (1.1, 1.0, 0.9, 50.0):
         g = jax.tree.map(lambda p: jnp.sin(7 * p), params)
         updates, state = optimizer.update(g, state, params, loss=loss)
         if loss < 50:
@@ -474,24 +475,25 @@ def test_maxtext_builds_it_in_place_of_adamw(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_maxtext_shards_by_the_field_mu() -> None:
-    # Its ZeRO-1 looks for the first moment of Adam by the name of its class.
+    # Its ZeRO-1 looks for the first moment under Adam's name.
     helpers = client("maxtext.utils.sharding")
-    where = {"params": {"kernel": "somewhere"}}
-
-    class Shardings(SimpleNamespace):
-        def replace(self, **changes: Any) -> Any:
-            return Shardings(**(vars(self) | changes))
-
-    config = SimpleNamespace(pure_nnx=False, shard_optimizer_over_data=True)
-    chain = adam3w(RATE).init({"kernel": jnp.ones((4, 4))})
-    state = (chain[0]._replace(m=where, v=where, s=where), *chain[1:])
-    with pytest.raises(NotImplementedError, match="Could not find optimizer state"):
-        helpers.maybe_update_params_sharding_with_opt(
-            config, Shardings(params=where, opt_state=state)
-        )
-    # The line: show it the shardings of m under the name it knows.
-    shown = optax.ScaleByAdamState(state[0].count, state[0].m, state[0].v)
-    _, found = helpers.maybe_update_params_sharding_with_opt(
-        config, Shardings(params=where, opt_state=(shown, *state[1:]))
-    )
-    assert found.params == where
+    train_state = client("maxtext.common.train_state_nnx").TrainStateNNX
+    config = SimpleNamespace(shard_optimizer_over_data=True)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    with jax.set_mesh(mesh):
+        model = nnx.Linear(32, 16, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, adam3w(RATE), wrt=nnx.Param)
+        state = nnx.state(train_state(model, optimizer))
+        shardings: Any = nnx.get_named_sharding(state, mesh)
+    adam3 = shardings.optimizer.opt_state[0]
+    adam3["m"] = jax.tree.map(lambda _: split, adam3["m"])
+    with pytest.raises(NotImplementedError, match="Could not find Adam"):
+        helpers.maybe_update_params_sharding_with_opt(config, shardings)
+    # The line: m also stands under the name it knows, for as long as it looks.
+    adam3["mu"] = adam3["m"]
+    _, found = helpers.maybe_update_params_sharding_with_opt(config, shardings)
+    del found.optimizer.opt_state[0]["mu"]
+    assert {*jax.tree.leaves(found.model)} == {split}
+    same: Any = jax.tree.structure(state)
+    assert jax.tree.structure(found) == same
