@@ -10,6 +10,10 @@ import optax
 from adam3_optax import _boxes, _halves, _rounding
 from adam3_optax._checks import check_state, leaves_like
 
+_FROM_INNER = (
+    "init(params)._replace(inner_state=state) makes one of the state of inner."
+)
+
 
 class BFloat16ParametersState(NamedTuple):
     """The state of `bfloat16_parameters`.
@@ -131,7 +135,7 @@ def bfloat16_parameters(
             raise ValueError(
                 "bfloat16_parameters needs params: update(g, state, params)"
             )
-        check_state(state, BFloat16ParametersState)
+        check_state(state, BFloat16ParametersState, _FROM_INNER)
         count = optax.safe_increment(state.count)
         treedef: Any  # JAX says Unknown
         paths, treedef = jax.tree.flatten_with_path(_boxes.opened(params))

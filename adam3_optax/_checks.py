@@ -9,13 +9,12 @@ import numpy as np
 from adam3_optax import _boxes
 
 
-def check_state(state: Any, kind: type) -> None:
+def check_state(state: Any, kind: type, remedy: str) -> None:
     """Raises if a state is not of a kind, or is of several optimizers."""
     if not isinstance(state, kind):
         raise TypeError(
             f"the state must be a {kind.__name__}, got {type(state).__name__}. Was it "
-            "made by this optimizer's init? A state of optax.adam or adamw becomes one "
-            "of AdaM3 by adam3_optax.from_adam_state."
+            f"made by this optimizer's init? {remedy}"
         )
     check_not_stacked(state)
 

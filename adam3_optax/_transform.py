@@ -14,6 +14,10 @@ from adam3_optax._checks import check_state
 from adam3_optax._rule import Coefficients, Form, Moments, ThirdMoment
 from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
 
+_FROM_ADAM = (
+    "adam3_optax.from_adam_state makes one of the state of optax.adam or adamw."
+)
+
 
 class ScaleByAdam3State(NamedTuple):
     """The state of AdaM3. Immutable; `update` returns a new one.
@@ -159,7 +163,7 @@ def scale_by_adam3(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdam3State]:
         del params, extra_args
-        check_state(state, ScaleByAdam3State)
+        check_state(state, ScaleByAdam3State, _FROM_ADAM)
         count = optax.safe_increment(state.count)
         lam_t, tau_t = lam_at(state.count), tau_at(state.count)
         h = _rule.Hyperparameters(b, lam_t, tau_t, eps, eps_root)

@@ -295,7 +295,9 @@ MUTANTS = [
     Mutant("_bfloat16", "leaf_key(i, purpose=1)", "leaf_key(0, purpose=1)"),
     Mutant("_bfloat16", "optax.safe_increment(state.count)", "state.count"),
     Mutant("_bfloat16", "check_fits(path, param, rest)", "pass"),
-    Mutant("_bfloat16", "check_state(state, BFloat16ParametersState)", "pass"),
+    Mutant(
+        "_bfloat16", "check_state(state, BFloat16ParametersState, _FROM_INNER)", "pass"
+    ),
     Mutant("_bfloat16", "jax.tree.map_with_path(_check_parameter, params)", "pass"),
     Mutant("_bfloat16", "if jax.tree.leaves(us[i]):", "if True:"),
     Mutant("_bfloat16", "is_leaf=_boxes.is_box)", "is_leaf=None)"),

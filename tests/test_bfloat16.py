@@ -656,6 +656,8 @@ def test_errors_name_what_was_wrong() -> None:
     state = optimizer.init(params)
     with pytest.raises(ValueError, match="needs params"):
         optimizer.update(params, state)
+    with pytest.raises(TypeError, match=r"BFloat16ParametersState, got .* of inner\."):
+        optimizer.update(params, state.inner_state, params)
     for other in (jnp.ones((2, 2)), jnp.ones((2, 3), BF16)):
         with pytest.raises(ValueError, match=r"params\['w'\] is .* its remainder"):
             optimizer.update(params, state, {"w": other})
