@@ -1044,7 +1044,15 @@ def test_what_would_be_lost_is_not_packed(tmp_path: Path) -> None:
     assert [x.name for x in tmp_path.iterdir()] == ["trials.jsonl"]
 
 
-@pytest.mark.parametrize("name", [x.name for x in (FOLDER / "records").iterdir()])
+# Each takes a second or more. One of them is quick.
+RECORDS = sorted(x.name for x in (FOLDER / "records").iterdir())
+EACH_RECORD = [
+    RECORDS[0],
+    *(pytest.param(x, marks=pytest.mark.slow) for x in RECORDS[1:]),
+]
+
+
+@pytest.mark.parametrize("name", EACH_RECORD)
 def test_results_are_those_of_the_packed_record(name: str) -> None:
     folder = FOLDER / "records" / name
     report, record = part("report"), part("record").Record(folder)
