@@ -39,7 +39,7 @@ def check_boolean(path: tuple[Any, ...], x: Any) -> None:
         )
 
 
-def mapped_mask(mask: Any, params: Any) -> Any:
+def full_mask(mask: Any, params: Any) -> Any:
     """Returns a mask with a boolean for each parameter.
 
     Raises:

@@ -8,7 +8,7 @@ import optax
 
 from adam3_optax import _boxes, _halves, _rounding
 from adam3_optax._bfloat16 import BFloat16ParametersState, check_fits, is_narrow
-from adam3_optax._checks import check_not_stacked, leaves_like, mapped_mask
+from adam3_optax._checks import check_not_stacked, full_mask, leaves_like
 from adam3_optax._states import find
 
 
@@ -143,7 +143,7 @@ def _owns(rest: Any) -> bool:
 
 def _chosen(mask: Any, params: optax.Params) -> list[bool]:
     """Returns for each parameter whether it shall become bfloat16."""
-    return jax.tree.leaves(mapped_mask(True if mask is None else mask, params))
+    return jax.tree.leaves(full_mask(True if mask is None else mask, params))
 
 
 def _check_shape(path: tuple[Any, ...], master: jax.Array, rest: Any) -> None:

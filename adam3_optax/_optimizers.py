@@ -10,7 +10,7 @@ import optax
 
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._boxes import opened
-from adam3_optax._checks import leaves_like, mapped_mask
+from adam3_optax._checks import full_mask, leaves_like
 from adam3_optax._rule import ThirdMoment
 from adam3_optax._storage import DTypeSetting, computed_in
 from adam3_optax._transform import scale_by_adam3
@@ -229,9 +229,7 @@ def _add_decayed_weights(
     # A mask function gets the parameters as they were passed: not cast, and not the
     # updates, which Optax would give it.
     def chosen(params: optax.Params) -> Any:
-        tree = mask(params) if callable(mask) else mask
-        mapped_mask(tree, params)
-        return tree
+        return full_mask(mask(params) if callable(mask) else mask, params)
 
     init = optax.add_decayed_weights(rate_at if is_schedule else 0.0).init
     decay = optax.GradientTransformation(init, add)

@@ -410,7 +410,11 @@ MUTANTS = [
     Mutant(
         "_optimizers", "count=optax.safe_increment(state.count)", "count=state.count"
     ),
-    Mutant("_optimizers", "mapped_mask(tree, params)", "pass"),
+    Mutant(
+        "_optimizers",
+        "full_mask(mask(params) if callable(mask) else mask, params)",
+        "mask(params) if callable(mask) else mask",
+    ),
     Mutant("_checks", "jax.tree.map_with_path(check_boolean, mask)", "pass"),
     Mutant("_checks", "not isinstance(state, kind)", "False"),
     Mutant(

@@ -132,6 +132,7 @@ def test_the_tool_sees_what_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     page = tmp_path / "index.html"
     page.write_text(
         '<a href="https://example.org/x">x</a><p id="here"><a href="#here">'
+        '<link rel="canonical" href="https://example.org/index.html">'
     )
     assert list(check.problems(tmp_path)) == []
     for wrong in (

@@ -156,7 +156,7 @@ def check_metadata(wheel: Path) -> None:
 def is_inside(name: str) -> bool:
     """Returns whether a path names a file or a folder of the repository."""
     path = (ROOT / name).resolve()
-    return not name.startswith("/") and path.is_relative_to(ROOT) and path.exists()
+    return path.is_relative_to(ROOT) and path.exists()
 
 
 def check_entries() -> None:
@@ -229,4 +229,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was built")
     except OSError as error:
-        sys.exit(f"{OUT} cannot be written, or a file not read: {error}")
+        sys.exit(f"nothing was built: {error}")
