@@ -1,4 +1,7 @@
-"""Parameters in bfloat16, with what their rounding leaves kept as state."""
+"""Parameters in bfloat16, with what their rounding leaves kept as state.
+
+The wrapper first, then the way into bfloat16 parameters and back.
+"""
 
 import functools
 from typing import Any, Literal, NamedTuple
@@ -6,9 +9,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.tree_util import PyTreeDef
 
-from adam3_optax import _boxes, _halves, _rounding
-from adam3_optax._checks import check_state, leaves_like
+from adam3_optax import _boxes, _remainder, _rounding
+from adam3_optax._trees import (
+    check_not_stacked,
+    check_state,
+    choices,
+    find,
+    leaves_like,
+)
 
 _FROM_INNER = (
     "init(params)._replace(inner_state=state) makes one of the state of inner."
@@ -28,7 +39,7 @@ class BFloat16ParametersState(NamedTuple):
 
     inner_state: optax.OptState
     remainder: optax.Updates
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+    count: Array  # type: ignore[assignment]  # shadows tuple.count
 
 
 def bfloat16_parameters(
@@ -118,10 +129,11 @@ def bfloat16_parameters(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> BFloat16ParametersState:
-        jax.tree.map_with_path(_check_parameter, params)
+        for path, param in jax.tree.leaves_with_path(params):
+            _check_parameter(path, param)
         zeros = functools.partial(_zeros, remainder)
         kept = jax.tree.map(zeros, params, is_leaf=_boxes.is_box)
-        masters = jax.tree.map(lambda x: _wide(x) if is_narrow(x) else x, params)
+        masters = jax.tree.map(lambda x: _wide(x) if _is_narrow(x) else x, params)
         count = jnp.zeros((), jnp.int32)
         return BFloat16ParametersState(wrapped.init(masters), kept, count)
 
@@ -137,7 +149,7 @@ def bfloat16_parameters(
             )
         check_state(state, BFloat16ParametersState, _FROM_INNER)
         count = optax.safe_increment(state.count)
-        treedef: Any  # JAX says Unknown
+        treedef: PyTreeDef
         paths, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
 
         def leaves_of(tree: Any, name: str) -> list[Any]:
@@ -150,11 +162,11 @@ def bfloat16_parameters(
         kept = leaves_of(state.remainder, "the remainder")
         for (path, param), rest in zip(paths, kept, strict=True):
             _check_setting(path, rest, remainder)
-            check_fits(path, param, rest)
-        narrow = [i for i, param in enumerate(old) if is_narrow(param)]
+            _check_fits(path, param, rest)
+        narrow = [i for i, param in enumerate(old) if _is_narrow(param)]
         masters, gradients = list(old), leaves_of(updates, "updates")
         for i in narrow:
-            masters[i] = _halves.join(old[i], kept[i])
+            masters[i] = _remainder.join(old[i], kept[i])
             gradients[i] = jax.tree.map(_wide, gradients[i])  # it may be None
         inner_updates, inner_state = wrapped.update(
             tree_like(updates, gradients),
@@ -165,8 +177,9 @@ def bfloat16_parameters(
         us = leaves_of(inner_updates, "the updates of inner")
         for i in narrow:
             if jax.tree.leaves(us[i]):
-                new, key = masters[i] + _wide(us[i]), _rounding.leaf_key(i, purpose=1)
-                us[i], kept[i] = _halves.land(old[i], new, kept[i], count, key)
+                new = masters[i] + _wide(us[i])
+                key = _rounding.leaf_key(paths[i][0], "parameters")
+                us[i], kept[i] = _remainder.land(old[i], new, kept[i], count, key)
         rests = tree_like(state.remainder, kept)
         new_state = BFloat16ParametersState(inner_state, rests, count)
         return tree_like(inner_updates, us), new_state
@@ -174,7 +187,128 @@ def bfloat16_parameters(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def is_narrow(x: jax.typing.ArrayLike) -> bool:
+def to_bfloat16_parameters(
+    params: optax.Params, state: optax.OptState, mask: Any = None
+) -> tuple[optax.Params, optax.OptState]:
+    """Turns float32 parameters into bfloat16 ones, and keeps what rounding leaves.
+
+    With int16 nothing is lost. int8 rounds to 24 bits. Without remainders the
+    parameters are rounded stochastically.
+
+    Args:
+        params: The parameters; float32 leaves become bfloat16.
+        state: Of an optimizer with `bfloat16_parameters` anywhere in it: what `init`
+            has returned for these parameters, or a later one, into which these
+            parameters are swapped.
+        mask: Which leaves shall become bfloat16: a tree of bools like the parameters or
+            a prefix of it, or a function that returns such a tree. All by default.
+            Leaves that belong to other optimizers stay float32.
+
+    Returns:
+        The parameters, and the state, which now holds their remainders.
+
+    Raises:
+        ValueError: No state of `bfloat16_parameters`; one of parameters of other
+            shapes, or stacked by `jax.vmap`; a mask that does not fit.
+        TypeError: A mask with a leaf that is no boolean.
+
+    Example:
+        Matrices become bfloat16, and norms and biases stay float32.
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import adam3_optax
+        >>> optimizer = adam3_optax.bfloat16_parameters(adam3_optax.adam3w(1e-3))
+        >>> master = {"w": jnp.full((2, 16), 0.1), "b": jnp.full(16, 0.1)}
+        >>> params, state = adam3_optax.to_bfloat16_parameters(
+        ...     master, optimizer.init(master), {"w": True, "b": False}
+        ... )
+        >>> params["w"].dtype.name, params["b"].dtype.name
+        ('bfloat16', 'float32')
+        >>> back = adam3_optax.to_float32_parameters(params, state)
+        >>> bool((back["w"] == master["w"]).all())
+        True
+
+    Source:
+        `docs/low_precision.md`.
+    """
+    find(state, BFloat16ParametersState)
+    treedef: PyTreeDef
+    paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
+    boxes = [box for _, box in paths]
+    chosen = choices(mask(params) if callable(mask) else mask, params)
+    narrowed = list(boxes)
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, BFloat16ParametersState)
+
+    def convert(one: Any) -> Any:
+        if not is_state(one):
+            return one
+        check_not_stacked(one)
+        rests = leaves_like(treedef, one.remainder, "the remainder", "params")
+        for i, (path, box) in enumerate(paths):
+            master, rest = _boxes.opened((box, rests[i]))
+            if not _owns(rest) or jnp.result_type(master) != jnp.float32:
+                continue
+            master = jnp.asarray(master)
+            _check_shape(path, master, rest)
+            if chosen[i]:
+                # At count 0 the random bits of all leaves would be the same.
+                key = _rounding.leaf_key(path, "conversion")
+                param, rest = _remainder.split(master, rest, one.count + 1, key)
+                narrowed[i] = _boxes.refilled(box, param)
+                rests[i] = None if rest is None else _boxes.refilled(box, rest)
+            elif rest is not None:  # it may be left from a bfloat16 parameter
+                rests[i] = jnp.zeros((1,) * master.ndim, rest.dtype)
+        return one._replace(remainder=treedef.unflatten(rests))
+
+    state = jax.tree.map(convert, state, is_leaf=is_state)
+    return treedef.unflatten(narrowed), state
+
+
+def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.Params:
+    """Returns float32 parameters: the master weights, for evaluation or a checkpoint.
+
+    Args:
+        params: The parameters, some of them in bfloat16.
+        state: The state after the same step, of an optimizer with `bfloat16_parameters`
+            anywhere in it.
+
+    Returns:
+        The parameters, with each bfloat16 leaf joined to its remainder. Without
+        remainders (None) they have the same values in float32.
+
+    Raises:
+        ValueError: No state of `bfloat16_parameters`, or one of parameters of other
+            shapes or dtypes.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from adam3_optax import bfloat16_parameters, to_float32_parameters
+        >>> params = jnp.ones(2, jnp.bfloat16)
+        >>> state = bfloat16_parameters(optax.adamw(1e-3)).init(params)
+        >>> to_float32_parameters(params, state).dtype.name
+        'float32'
+
+    Source:
+        `docs/low_precision.md`.
+    """
+    treedef: PyTreeDef
+    paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
+    boxes = [box for _, box in paths]
+    for _, one, _ in find(state, BFloat16ParametersState):
+        rests = leaves_like(treedef, one.remainder, "the remainder", "params")
+        for i, rest in enumerate(rests):
+            param, rest = _boxes.opened((boxes[i], rest))
+            if not _owns(rest):
+                continue
+            _check_fits(paths[i][0], param, rest)
+            if _is_narrow(param):
+                boxes[i] = _boxes.refilled(boxes[i], _remainder.join(param, rest))
+    return treedef.unflatten(boxes)
+
+
+def _is_narrow(x: jax.typing.ArrayLike) -> bool:
     """Returns whether a parameter is bfloat16, and so has a remainder."""
     return jnp.result_type(x) == jnp.bfloat16
 
@@ -190,12 +324,12 @@ def _check_setting(path: tuple[Any, ...], rest: Any, remainder: str | None) -> N
         )
 
 
-def check_fits(path: tuple[Any, ...], param: jax.Array, rest: Any) -> None:
+def _check_fits(path: tuple[Any, ...], param: Array, rest: Any) -> None:
     """Raises if a parameter is not what it was when its remainder was made."""
-    expected = jnp.shape(param) if is_narrow(param) else (1,) * jnp.ndim(param)
+    expected = jnp.shape(param) if _is_narrow(param) else (1,) * jnp.ndim(param)
     if jax.tree.leaves(rest) and rest.shape != expected:
         remedy = ""
-        if not is_narrow(param) and rest.shape == jnp.shape(param):
+        if not _is_narrow(param) and rest.shape == jnp.shape(param):
             remedy = ". Was it bfloat16? optax.apply_updates keeps the dtype"
         raise ValueError(
             f"params{jax.tree_util.keystr(path)} is {jnp.result_type(param)} of shape "
@@ -218,10 +352,27 @@ def _zeros(remainder: str | None, item: Any) -> Any:
     if remainder is None:
         return None
     param = _boxes.opened(item)
-    if is_narrow(param):
+    if _is_narrow(param):
         return _boxes.refilled(item, jnp.zeros_like(param, dtype=remainder))
     return jnp.zeros((1,) * jnp.ndim(param), remainder)
 
 
-def _wide(x: jax.typing.ArrayLike) -> jax.Array:
+def _wide(x: jax.typing.ArrayLike) -> Array:
     return jnp.asarray(x).astype(jnp.float32)
+
+
+def _owns(rest: Any) -> bool:
+    """Returns whether a parameter is this state's: it has a remainder there, or None.
+
+    A parameter that `optax.masked` or `optax.partition` leaves to others has neither.
+    """
+    return rest is None or bool(jax.tree.leaves(rest))
+
+
+def _check_shape(path: tuple[Any, ...], master: Array, rest: Any) -> None:
+    """Raises if a remainder is of a parameter of another shape."""
+    if rest is not None and rest.shape not in (master.shape, (1,) * master.ndim):
+        raise ValueError(
+            f"params{jax.tree_util.keystr(path)} has shape {master.shape}, and its "
+            f"remainder in the state {rest.shape}: the state was made for another one"
+        )

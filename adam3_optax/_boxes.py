@@ -4,7 +4,6 @@ import sys
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 _KINDS = (
     ("flax.core.meta", "AxisMetadata"),  # Linen
@@ -40,24 +39,6 @@ def refilled(tree: Any, arrays: Any) -> Any:
         )
 
     return jax.tree.map(refill, tree, arrays, is_leaf=is_box)
-
-
-def names_last_axis(box: Any) -> bool:
-    """Returns whether a box assigns the last axis of its array to an axis of a mesh.
-
-    If a box says nothing that is understood here, as a haliax one, the answer is yes.
-    """
-    if hasattr(box, "get_metadata"):
-        keys = ("out_sharding", "optimizer_sharding", "sharding_names", "sharding")
-        found = [box.get_metadata().get(key) for key in keys]
-        specs = [getattr(x, "spec", x) for x in found if x is not None]
-    elif hasattr(box, "names"):
-        specs = [box.names]
-    else:
-        return True
-    last = jax.tree.leaves(box)[0].ndim - 1
-    known = all(isinstance(spec, tuple | PartitionSpec) for spec in specs)
-    return not known or any(x[last:] and x[last] is not None for x in map(tuple, specs))
 
 
 def _is_known(x: object) -> bool:

@@ -5,17 +5,17 @@ or float64), and results have the same type.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 ThirdMoment = Literal["cubic", "stabilized", "standardized"]
-Scalar = float | jax.Array
+Scalar = float | Array
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 
 class Moments(NamedTuple, Generic[T]):
@@ -25,20 +25,13 @@ class Moments(NamedTuple, Generic[T]):
     v: T
     s: T
 
-    def map(self, f: Callable[..., U], *others: "Moments[Any]") -> "Moments[U]":
-        """Returns f of each moment's things."""
-        return Moments(*map(f, self, *others))
-
-    @staticmethod
-    def columns(rows: "Sequence[Moments[U]]") -> "Moments[list[U]]":
-        """Returns a list for each moment, from moments of several leaves."""
-        return Moments(*([row[i] for row in rows] for i in range(3)))
-
 
 class Hyperparameters(NamedTuple):
-    """What the user chose: Python floats, or traced scalars. b is (b1, b2, b3)."""
+    """What the user chose: Python floats, or traced scalars."""
 
-    b: Moments[Scalar]
+    b1: Scalar
+    b2: Scalar
+    b3: Scalar
     lam: Scalar
     tau: Scalar
     eps: Scalar
@@ -48,17 +41,31 @@ class Hyperparameters(NamedTuple):
 class Coefficients(NamedTuple):
     """The scalars of step t, in the type computed in.
 
-    For each moment, a = 1 - b is the weight of the new, and c = 1/(1 - bᵗ) corrects the
-    bias. So k.b.m is b1, and k.a.m is 1 - b1.
+    a1 = 1 - b1 is the weight of the new, and c1 = 1/(1 - b1ᵗ) corrects the bias of m.
+    Those with 2 are of v, and those with 3 of s. eps_root is None if it is the number
+    0, so that nothing is added.
     """
 
-    b: Moments[Scalar]
-    a: Moments[Scalar]
-    c: Moments[jax.Array]
+    b1: Scalar
+    b2: Scalar
+    b3: Scalar
+    a1: Scalar
+    a2: Scalar
+    a3: Scalar
+    c1: Array
+    c2: Array
+    c3: Array
     lam: Scalar
     tau: Scalar
     eps: Scalar
-    eps_root: Scalar
+    eps_root: Scalar | None
+
+
+class Sigma(NamedTuple):
+    """sqrt(v), without bias correction, and its inverse: the unit of a float8 state."""
+
+    value: Array
+    inverse: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,105 +75,113 @@ class Form:
     Attributes:
         deviation: Returns d, from the gradient and m_t.
         power: Returns what s averages, from d.
-        term: Returns b_t, from v_t and s_t.
+        term: Returns b_t, from s_t, v_t, and sqrt(v_t) if that is known already.
         skewness_power: Skewness without a scale is ŝ/σ^p, σ = sqrt(v̂). This is p.
         bounded: Whether tau bounds that skewness, so that b_t is at most |lam|·tau·σ.
             If not, tau bounds s.
     """
 
-    deviation: Callable[[jax.Array, jax.Array, Coefficients], jax.Array]
-    power: Callable[[jax.Array, Coefficients], jax.Array]
-    term: Callable[[jax.Array, jax.Array, Coefficients], jax.Array]
+    deviation: Callable[[Array, Array, Coefficients], Array]
+    power: Callable[[Array, Coefficients], Array]
+    term: Callable[[Array, Array, Sigma | None, Coefficients], Array]
     skewness_power: float
     bounded: bool
 
 
 def coefficients(
-    h: Hyperparameters, t: jax.Array, dtype: jax.typing.DTypeLike
+    h: Hyperparameters, t: Array, dtype: jax.typing.DTypeLike
 ) -> Coefficients:
     """Returns the scalars of step `t` (counted from 1) in the type computed in."""
 
-    def cast(x: Scalar) -> Scalar:
+    def cast(x: Scalar) -> Any:
         return x if isinstance(x, float) else x.astype(dtype)
 
     # For Python numbers 1 - b is computed in double precision, before it is rounded.
     # At b = 0.99999, 1 - float32(b) is wrong by 1e-3.
-    a = h.b.map(lambda b: cast(1.0 - b))
+    a = [cast(1.0 - b) for b in h[:3]]
     # The reciprocal is computed here. If the rule divided, XLA would replace the
     # division by a reciprocal for some shapes only, and results would depend on them.
-    c = a.map(lambda a: 1.0 / _one_minus_power(a, t.astype(dtype)))
-    return Coefficients(h.b.map(cast), a, c, *map(cast, h[1:]))
+    c = [1.0 / _one_minus_power(x, t.astype(dtype)) for x in a]
+    k = [*map(cast, h[:3]), *a, *c, *map(cast, h[3:])]
+    if isinstance(h.eps_root, float) and h.eps_root == 0.0:
+        k[-1] = None
+    return Coefficients(*k)
 
 
-def update_m(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
+def update_m(g: Array, m: Array, k: Coefficients) -> Array:
     """Returns m_t from the gradient and m of step t - 1."""
-    return k.a.m * g + k.b.m * m
+    return k.a1 * g + k.b1 * m
 
 
-def update_v(g: jax.Array, v: jax.Array, k: Coefficients) -> jax.Array:
+def update_v(g: Array, v: Array, k: Coefficients) -> Array:
     """Returns v_t from the gradient and v of step t - 1."""
-    # This is the average of g², with g² clipped to `limit` if g is finite. Clipping g
-    # itself would make XLA fuse the sum in another order, and v would differ from
-    # optax.adam's in the last bit.
+    # This is the average of g², with g² clipped to `limit` if g is finite. If g itself
+    # were clipped, or b2·v had two uses, XLA would fuse the sum in another order, and v
+    # would differ from optax.adam's in the last bit.
     limit = float(jnp.finfo(g.dtype).max) / 4
-    average = k.a.v * g**2 + k.b.v * v
-    clipped = jnp.minimum(average, k.a.v * limit + k.b.v * v)
-    return jnp.where(jnp.isinf(g), average, clipped)
+    average = k.a2 * g**2 + k.b2 * v
+    is_clipped = (jnp.abs(g) > limit**0.5) & (jnp.abs(g) < jnp.inf)
+    return jnp.where(is_clipped, v + k.a2 * (limit - v), average)
 
 
-def update_s(
-    g: jax.Array, m: jax.Array, s: jax.Array, k: Coefficients, form: Form
-) -> jax.Array:
+def update_s(g: Array, m: Array, s: Array, k: Coefficients, form: Form) -> Array:
     """Returns s_t from the gradient, m_t, and s of step t - 1."""
-    return k.a.s * form.power(form.deviation(g, m, k), k) + k.b.s * s
+    return k.a3 * form.power(form.deviation(g, m, k), k) + k.b3 * s
 
 
 def direction(
-    m: jax.Array, v: jax.Array, b: jax.Array | float, k: Coefficients
-) -> jax.Array:
+    m: Array, v: Array, b: Array | float, sigma: Sigma | None, k: Coefficients
+) -> Array:
     """Returns u_t = (m̂ + b_t) / (sqrt(v̂ + eps_root) + eps)."""
-    return (m * k.c.m + b) / (jnp.sqrt(v * k.c.v + k.eps_root) + k.eps)
+    if sigma is not None and k.eps_root is None:
+        root = sigma.value * jnp.sqrt(k.c2)  # a root of each element less
+    else:
+        root = jnp.sqrt(v * k.c2 if k.eps_root is None else v * k.c2 + k.eps_root)
+    return (m * k.c1 + b) / (root + k.eps)
 
 
-def standard_deviation(v: jax.Array, k: Coefficients) -> tuple[jax.Array, jax.Array]:
-    """Returns σ = sqrt(v̂), and whether v̂ is large enough for a skewness.
+def standard_deviation(
+    v: Array, sigma: Sigma | None, k: Coefficients
+) -> tuple[Array, Array, Array]:
+    """Returns σ = sqrt(v̂), 1/σ, and whether v̂ is large enough for a skewness.
 
     Below 2²⁴ times the smallest normal number, d³ has long become 0. There the skewness
-    is 0 by definition, and σ is returned as 1, so that no division gives NaN.
+    is 0 by definition, and σ is no matter.
     """
-    v_hat = v * k.c.v
+    v_hat = v * k.c2
     seen = v_hat > 2.0**24 * jnp.finfo(v.dtype).tiny
+    if sigma is not None:
+        root = jnp.sqrt(k.c2)
+        return sigma.value * root, sigma.inverse * (1.0 / root), seen
     # This inner `where` keeps NaN out of the derivative.
-    return jnp.sqrt(jnp.where(seen, v_hat, 1.0)), seen
+    found = jnp.sqrt(jnp.where(seen, v_hat, 1.0))
+    return found, 1.0 / found, seen
 
 
-def skewness(
-    sigma: jax.Array, s: jax.Array, k: Coefficients, power: float = 3.0
-) -> jax.Array:
-    """Returns ŝ/σ^p."""
+def skewness(inverse: Array, s: Array, k: Coefficients, power: float = 3.0) -> Array:
+    """Returns ŝ/σ^p from 1/σ."""
     # Several factors 1/σ instead of one division: σ³ overflows before the result does,
     # and the derivative of the division would square it.
-    r = 1.0 / sigma
-    x = s * k.c.s * r
-    return x * r * r if power == 3.0 else x * r ** (power - 1.0)
+    x = s * k.c3 * inverse
+    return x * inverse * inverse if power == 3.0 else x * inverse ** (power - 1.0)
 
 
-def _about_m(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
+def _about_m(g: Array, m: Array, k: Coefficients) -> Array:
     """Returns d = g - m_t: about the updated m, without bias correction."""
     return g - m
 
 
-def _about_m_hat(g: jax.Array, m: jax.Array, k: Coefficients) -> jax.Array:
+def _about_m_hat(g: Array, m: Array, k: Coefficients) -> Array:
     """Returns d = g - m̂. As d_1 = 0, the first steps do not pollute s."""
-    return g - m * k.c.m
+    return g - m * k.c1
 
 
-def _cube(d: jax.Array, k: Coefficients) -> jax.Array:
+def _cube(d: Array, k: Coefficients) -> Array:
     """Returns d³."""
     return _within(d, 1 / 3) ** 3
 
 
-def _signed_three_halves(d: jax.Array, k: Coefficients) -> jax.Array:
+def _signed_three_halves(d: Array, k: Coefficients) -> Array:
     """Returns sign(d)·(|d| + eps)^(3/2)."""
     # a·sqrt(a), because a general power is several times slower. The `where` defines
     # the derivative at d = 0 as 0, also with eps = 0.
@@ -174,18 +189,18 @@ def _signed_three_halves(d: jax.Array, k: Coefficients) -> jax.Array:
     return jnp.sign(d) * (a * jnp.sqrt(a))
 
 
-def _clipped(v: jax.Array, s: jax.Array, k: Coefficients) -> jax.Array:
+def _clipped(s: Array, v: Array, sigma: Sigma | None, k: Coefficients) -> Array:
     """Returns b_t = lam·clip(s, -tau, tau)."""
     return k.lam * jnp.clip(s, -k.tau, k.tau)
 
 
-def _standardized(v: jax.Array, s: jax.Array, k: Coefficients) -> jax.Array:
+def _standardized(s: Array, v: Array, sigma: Sigma | None, k: Coefficients) -> Array:
     """Returns b_t = lam·σ·clip(ŝ/σ³, -tau, tau), and 0 where v̂ is (nearly) 0."""
-    sigma, seen = standard_deviation(v, k)
+    deviation, inverse, seen = standard_deviation(v, sigma, k)
     # An infinite tau would let a skewness pass that has overflowed.
     tau = jnp.minimum(k.tau, float(jnp.finfo(v.dtype).max))
-    clipped = jnp.clip(skewness(sigma, s, k), -tau, tau)
-    return k.lam * jnp.where(seen, sigma * clipped, 0.0)
+    clipped = jnp.clip(skewness(inverse, s, k), -tau, tau)
+    return k.lam * jnp.where(seen, deviation * clipped, 0.0)
 
 
 FORMS: dict[ThirdMoment, Form] = {
@@ -195,7 +210,7 @@ FORMS: dict[ThirdMoment, Form] = {
 }
 
 
-def _one_minus_power(a: Scalar, t: jax.Array) -> jax.Array:
+def _one_minus_power(a: Scalar, t: Array) -> Array:
     """Returns 1 - bᵗ for a = 1 - b, with the digits that the subtraction would lose."""
     # b = 0 has no logarithm. Step 1 is a case of its own for its derivative's sake.
     log_b = jnp.log1p(-jnp.where(a < 1.0, a, 0.0))
@@ -203,7 +218,7 @@ def _one_minus_power(a: Scalar, t: jax.Array) -> jax.Array:
     return jnp.where(t == 1.0, a, later)
 
 
-def _within(x: jax.Array, root: float) -> jax.Array:
+def _within(x: Array, root: float) -> Array:
     """Clips x to half of max^root, so that x^(1/root) and its averages stay finite.
 
     Half, for two reasons. max^(1/3), rounded to float32, cubes to infinity. And the

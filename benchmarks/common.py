@@ -36,14 +36,16 @@ BASELINE = "optax.adam"
 RATE = 1e-3
 DTYPES = ("float32", "bfloat16")
 FORMS: tuple[adam3_optax.ThirdMoment, ...] = get_args(adam3_optax.ThirdMoment)
+MOMENTS = ("m_dtype", "v_dtype", "s_dtype")
 SETTINGS: dict[str, dict[str, Any]] = {  # how m, v and s are stored
     "float32": {},
     "bfloat16 m, s": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
-    "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),
-    "int8": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "int8"),
+    "bfloat16": dict.fromkeys(MOMENTS, "bfloat16"),
+    "float8": dict.fromkeys(MOMENTS, "float8") | {"v_dtype": "bfloat16"},
+    "float8 all": dict.fromkeys(MOMENTS, "float8"),
 }
 TREES = ("one", "transformer", "large", "small", "tiny")  # from few leaves to many
-MULTIPLE = 80_000  # of it "one" and "large" can be made, with rows long enough for int8
+MULTIPLE = 80_000  # of it "one" and "large" can be made
 
 # Tracing and compiling are measured, so nothing may come from an earlier process.
 jax.config.update("jax_enable_compilation_cache", False)
@@ -69,11 +71,7 @@ QUICK = Sizes(MULTIPLE, 4, 2, 3, 3, width=64, layers=1, vocabulary=64)
 
 
 def tree_of(name: str, sizes: Sizes, dtype: str) -> Any:
-    """Returns the shapes and types of a tree of parameters.
-
-    Every leaf but the transformer's biases and norms is a matrix with rows of 16 or
-    more, so that "int8" is int8.
-    """
+    """Returns the shapes and types of a tree of parameters."""
     if name == "transformer":
         tree = transformer(sizes.width, sizes.layers, sizes.vocabulary)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
@@ -128,15 +126,23 @@ def optimizers() -> dict[str, Callable[[], Any]]:
         )
         for form in FORMS
         for name, setting in SETTINGS.items()
+        if (form, name) != ("standardized", "float8 all")  # which is refused
     }
-    return others | ours
+    none: dict[str, Callable[[], Any]] = {
+        f"adam3 None, {name}": functools.partial(
+            adam3_optax.adam3,
+            RATE,
+            third_moment=None,
+            **{k: x for k, x in setting.items() if k != "s_dtype"},
+        )
+        for name, setting in SETTINGS.items()
+        if name != "bfloat16 m, s"
+    }
+    return others | none | ours
 
 
 def flattened() -> dict[str, Callable[[], Any]]:
-    """Returns the same on all leaves joined to one vector, for trees of small leaves.
-
-    In float32 alone: a vector has no rows, so int8 would rest in float32.
-    """
+    """Returns some on all leaves joined to one vector, for trees of small leaves."""
     every = optimizers()
     names = (BASELINE, *(f"adam3 {form}, float32" for form in FORMS))
 

@@ -5,7 +5,7 @@ bytes a step moves, and on meshes what devices send to each other; they say them
 how much temporary memory it needs. Nothing is timed but the compilers. Results are
 added to results.jsonl.
 
-    python benchmarks/compiled.py --devices v5e --trees one --only int8
+    python benchmarks/compiled.py --devices v5e --trees one --only float8
 """
 
 import argparse
@@ -44,16 +44,6 @@ def optimizers(device: str = compiled_devices.H100) -> dict[str, Callable[[], An
     others = ("optax.adam", "optax.contrib.ademamix")
     adamw = functools.partial(optax.adamw, common.RATE, mu_dtype="bfloat16")
     made = {name: every[name] for name in others} | {"optax.adamw, mu bfloat16": adamw}
-    made |= {
-        f"adam3 None, {name}": functools.partial(
-            adam3_optax.adam3,
-            common.RATE,
-            third_moment=None,
-            **{k: v for k, v in setting.items() if k != "s_dtype"},
-        )
-        for name, setting in common.SETTINGS.items()
-        if name != "bfloat16 m, s"
-    }
     made |= {name: make for name, make in every.items() if name.startswith("adam3")}
     try:
         import flashoptim_jax

@@ -19,21 +19,20 @@ RARE = 3  # a class with at most so many examples to train on
 DISTANCE = 9.0  # of two centres, in standard deviations of a cluster
 Data = tuple[jax.Array, jax.Array]
 
-keys = jax.random.split(jax.random.key(0), 5)
-centres = (
-    jax.random.normal(keys[0], (CLASSES, FEATURES)) * DISTANCE / (2 * FEATURES) ** 0.5
-)
-frequencies = 1 / jnp.arange(1, CLASSES + 1)
 
+def data(seed: int) -> tuple[Data, Data]:
+    """Returns examples with labels: those to train on, and those held out."""
+    keys = jax.random.split(jax.random.key(2 * seed), 5)
+    spread = DISTANCE / (2 * FEATURES) ** 0.5
+    centres = jax.random.normal(keys[0], (CLASSES, FEATURES)) * spread
+    logits = jnp.log(1 / jnp.arange(1, CLASSES + 1))
 
-def draw(label_key: jax.Array, noise_key: jax.Array) -> Data:
-    labels = jax.random.categorical(label_key, jnp.log(frequencies), shape=(EXAMPLES,))
-    noise = jax.random.normal(noise_key, (EXAMPLES, FEATURES))
-    return centres[labels] + noise, labels
+    def draw(label_key: jax.Array, noise_key: jax.Array) -> Data:
+        labels = jax.random.categorical(label_key, logits, shape=(EXAMPLES,))
+        noise = jax.random.normal(noise_key, (EXAMPLES, FEATURES))
+        return centres[labels] + noise, labels
 
-
-(x, y), (x_out, y_out) = draw(keys[1], keys[2]), draw(keys[3], keys[4])
-rare = jnp.bincount(y, length=CLASSES)[y_out] <= RARE
+    return draw(keys[1], keys[2]), draw(keys[3], keys[4])
 
 
 def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -41,7 +40,9 @@ def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-def train(optimizer: optax.GradientTransformation) -> Any:
+def train(optimizer: optax.GradientTransformation, examples: Data, seed: int) -> Any:
+    x, y = examples
+
     def step(carry: Any, key: jax.Array) -> Any:
         params, state = carry
         chosen = jax.random.randint(key, (BATCH,), 0, EXAMPLES)
@@ -50,7 +51,7 @@ def train(optimizer: optax.GradientTransformation) -> Any:
         return (optax.apply_updates(params, updates), state), None
 
     params = {"kernel": jnp.zeros((FEATURES, CLASSES)), "bias": jnp.zeros(CLASSES)}
-    batches = jax.random.split(jax.random.key(1), STEPS)
+    batches = jax.random.split(jax.random.key(2 * seed + 1), STEPS)
     return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]
 
 
@@ -58,14 +59,22 @@ def rate(peak: float) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, STEPS // 10, STEPS)
 
 
-optimizers = {"AdamW": optax.adamw(rate(0.02))}
-for lam in (0.003, 0.01, 0.03):
-    ours = adam3w(rate(0.02), lam=lam, third_moment="standardized")
-    optimizers[f"AdaM3, lam {lam}"] = ours
-print(f"{'':16}  held-out loss  errors  of rare classes  of the others")
-for name, optimizer in optimizers.items():
-    params = jax.jit(train, static_argnums=0)(optimizer)
-    wrong = (x_out @ params["kernel"] + params["bias"]).argmax(-1) != y_out
-    rates = [wrong.mean(), wrong[rare].mean(), wrong[~rare].mean()]
-    shown = "  ".join(f"{r:{w}.1%}" for r, w in zip(rates, (6, 15, 13), strict=True))
-    print(f"{name:16}  {loss(params, x_out, y_out):13.3f}  {shown}")
+def main() -> None:
+    examples, (x_out, y_out) = data(seed=0)
+    rare = jnp.bincount(examples[1], length=CLASSES)[y_out] <= RARE
+    optimizers = {"AdamW": optax.adamw(rate(0.02))}
+    for lam in (0.003, 0.01, 0.03):
+        ours = adam3w(rate(0.02), lam=lam, third_moment="standardized")
+        optimizers[f"AdaM3, lam {lam}"] = ours
+    print(f"{'':16}  held-out loss  errors  of rare classes  of the others")
+    for name, optimizer in optimizers.items():
+        params = jax.jit(train, static_argnums=0)(optimizer, examples, 0)
+        wrong = (x_out @ params["kernel"] + params["bias"]).argmax(-1) != y_out
+        rates = [wrong.mean(), wrong[rare].mean(), wrong[~rare].mean()]
+        widths = (6, 15, 13)
+        shown = "  ".join(f"{r:{w}.1%}" for r, w in zip(rates, widths, strict=True))
+        print(f"{name:16}  {loss(params, x_out, y_out):13.3f}  {shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,13 +32,18 @@ def all_at(setting: Any) -> dict[str, Any]:
     return dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), setting)
 
 
-# "mixed" has every format: where moments do not meet, it stands for all.
-MIXED: dict[str, Any] = {"m_dtype": "int8", "v_dtype": "float32", "s_dtype": "bfloat16"}
+# "mixed" has every other format: where moments do not meet, it stands for all.
+MIXED: dict[str, Any] = {
+    "m_dtype": "float8",
+    "v_dtype": "float32",
+    "s_dtype": "bfloat16",
+}
 STORAGE: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16": all_at("bfloat16"),
-    "int8": all_at("int8"),
+    "float8": all_at("float8") | {"v_dtype": "bfloat16"},
     "mixed": MIXED,
+    "smallest": all_at("float8"),  # not for a bounded form
     "adam": {"third_moment": None},  # with no s at all
 }
 # As much memory as Adam's.
@@ -46,13 +51,12 @@ ADAMS_MEMORY: dict[str, Any] = {"m_dtype": "bfloat16", "s_dtype": "bfloat16"}
 
 
 def each_storage(*names: str) -> pytest.MarkDecorator:
-    """Returns the parametrization over some of these, or over all."""
-    chosen = names or tuple(STORAGE)
-    return pytest.mark.parametrize("storage", [STORAGE[x] for x in chosen], ids=chosen)
+    """Returns the parametrization over some of these."""
+    return pytest.mark.parametrize("storage", [STORAGE[x] for x in names], ids=names)
 
 
-EACH_STORAGE = each_storage()
-EACH_NARROW = each_storage("bfloat16", "int8", "mixed")
+EACH_STORAGE = each_storage("default", "bfloat16", "float8", "mixed", "adam")
+EACH_NARROW = each_storage("bfloat16", "float8", "mixed")
 
 
 # Parameters and gradients.
@@ -64,7 +68,6 @@ def normal(*shape: int, seed: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), F32)
 
 
-# The matrix has rows long enough for codes of int8.
 PARAMS = {"w": normal(4, 32, seed=0), "b": normal(4, seed=1)}
 # Squares are skewed, so that the third moment matters.
 GRADIENTS = [

@@ -6,16 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.tree_util import PyTreeDef
 
+from adam3_optax import _boxes, _formats, _rounding, _trees
 from adam3_optax import _hyperparameters as hp
-from adam3_optax import _storage
-from adam3_optax._boxes import is_box, opened, refilled
-from adam3_optax._checks import check_not_stacked
-from adam3_optax._rounding import for_moments, leaf_key, random_bits
-from adam3_optax._rule import Moments, ThirdMoment
-from adam3_optax._states import find
-from adam3_optax._storage import NAMES, DTypeSetting, Field, Format, Stored
-from adam3_optax._transform import ScaleByAdam3State
+from adam3_optax._adam3 import ScaleByAdam3State, stored_leaves
+from adam3_optax._formats import Absent, DTypeSetting, Field, Float8, Format
+from adam3_optax._rule import Form, Moments, ThirdMoment
 
 
 def from_adam_state(
@@ -67,16 +65,17 @@ def from_adam_state(
         >>> int(state[0].count), state[0].s.dtype.name
         (1, 'bfloat16')
     """
-    formats = _storage.formats_for(hp.form(third_moment), m_dtype, v_dtype, s_dtype)
+    form = hp.form(third_moment)
+    formats = _formats.formats_for(form, m_dtype, v_dtype, s_dtype)
 
-    def widen(x: jax.Array) -> jax.Array:
-        return x.astype(_storage.computed_in(x))
+    def widen(x: Array) -> Array:
+        return x.astype(_formats.computed_in(x))
 
     def convert(adam: optax.ScaleByAdamState) -> ScaleByAdam3State:
         # Adam's moments have the dtypes of their parameters, which may differ.
         mu, nu = jax.tree.map(widen, (adam.mu, adam.nu))
         without_s = ScaleByAdam3State(mu, nu, optax.EmptyState(), adam.count)
-        return _stored_as(formats, without_s)
+        return _stored_as(formats, form, without_s)
 
     return _replace(state, optax.ScaleByAdamState, convert, "from_adam_state")
 
@@ -110,8 +109,11 @@ def to_adam_state(
         raise ValueError(f"mu_dtype must be a floating dtype or None, got {mu_dtype!r}")
 
     def convert(adam3: ScaleByAdam3State) -> optax.ScaleByAdamState:
-        treedef, loaded = _load(adam3)
-        mu, nu = treedef.unflatten(loaded.m), treedef.unflatten(loaded.v)
+        adam3 = adam3._replace(s=optax.EmptyState())
+        formats = _formats.formats_of(adam3.moments, None)
+        rows = [_formats.loaded(formats, x) for _, x in stored_leaves(adam3)]
+        mu = _refilled(adam3.m, [row.m for row in rows])
+        nu = _refilled(adam3.m, [row.v for row in rows])
         if mu_dtype is not None:
             mu = jax.tree.map(lambda x: x.astype(mu_dtype), mu)
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
@@ -154,7 +156,8 @@ def convert_state(
         The state, with every `ScaleByAdam3State` converted.
 
     Raises:
-        ValueError: No `ScaleByAdam3State` in `state`; an unknown setting.
+        ValueError: No `ScaleByAdam3State` in `state`; an unknown setting; a state
+            stacked by `jax.vmap`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -166,62 +169,66 @@ def convert_state(
         >>> adam[0].s, state[0].s.shape
         (EmptyState(), (3,))
     """
-    formats = _storage.formats_for(hp.form(third_moment), m_dtype, v_dtype, s_dtype)
-    return _replace(state, ScaleByAdam3State, lambda x: _stored_as(formats, x))
+    form = hp.form(third_moment)
+    formats = _formats.formats_for(form, m_dtype, v_dtype, s_dtype)
+    return _replace(state, ScaleByAdam3State, lambda x: _stored_as(formats, form, x))
 
 
-def _load(state: ScaleByAdam3State) -> tuple[Any, Moments[list[Any]]]:
-    """Returns the structure of the parameters, and the moments' leaves in its boxes."""
-    formats = NAMES.map(_storage.format_of, state.moments)
-    items, treedef = jax.tree.flatten(formats.m.trees(state.m)[0], is_leaf=is_box)
-
-    def load(f: Format, field: Field) -> list[Any]:
-        loaded = [f.load(opened(x)) for x in f.split(treedef, field)]
-        return list(map(refilled, items, loaded))
-
-    loaded = formats.map(load, state.moments)
-    if isinstance(formats.s, _storage.Absent):
-        loaded = loaded._replace(s=jax.tree.map(jnp.zeros_like, loaded.v))
-    return treedef, loaded
+def _refilled(field: Field, leaves: list[Array]) -> Field:
+    """Returns a moment with other leaves in its boxes."""
+    treedef: PyTreeDef
+    items, treedef = jax.tree.flatten(field, is_leaf=_boxes.is_box)
+    return treedef.unflatten(list(map(_boxes.refilled, items, leaves)))
 
 
-def _stored_as(formats: Moments[Format], state: ScaleByAdam3State) -> ScaleByAdam3State:
+def _stored_as(formats: Moments[Format], form: Form | None, state: Any) -> Any:
     """Returns the state with its moments in other formats."""
-    check_not_stacked(state)
-    treedef, loaded = _load(state)
+    _trees.check_not_stacked(state)
+    if form is None:
+        state = state._replace(s=optax.EmptyState())
+    # In float8 another form's s is read in the unit of this one.
+    was = _formats.formats_of(state.moments, form)
+    # What has its format already stays as it is, if its unit stays.
+    fits = Moments(*map(_formats.fits, formats, state.moments))
+    is_kept = [
+        x and (fits.v or not isinstance(f, Float8))
+        for x, f in zip(fits, formats, strict=True)
+    ]
+    count = jnp.maximum(state.count, 1)  # with 0, all leaves would have the same bits
 
-    def bits(f: Format, leaf: int, x: jax.Array) -> jax.Array:
-        drawn = random_bits(state.count, leaf_key(leaf), x)
-        return getattr(for_moments(drawn), f.moment)
+    def convert(path: tuple[Any, ...], stored: Moments[Any]) -> list[Any]:
+        loaded = _formats.loaded(was, stored)
+        key = _rounding.leaf_key(path, "conversion")
+        bits = _rounding.for_moments(_rounding.random_bits(count, key, loaded.v))
+        new = list(stored)
+        sigma = None
+        for i in (1, 0, 2):  # v comes first, because it is the others' unit
+            f = formats[i]
+            if not is_kept[i]:
+                x = jnp.zeros_like(loaded.v) if was[i] == Absent() else loaded[i]
+                dtype = _formats.computed_in(f.zeros(x))
+                new[i] = f.store(_formats.narrowed(x, dtype), sigma, bits[i])
+            if i == 1:
+                sigma = _formats.sigma_of(f.load(new[i], None))
+        return new
 
-    def store_leaf(f: Format, leaf: int, x: Any, old: Any) -> Stored:
-        x, old = opened((x, old))
-        return f.store(x, old, bits(f, leaf, x), lambda: x)
-
-    def store(f: Format, field: Field, leaves: list[Any]) -> Field:
-        if f.fits(field):
-            return field
-        olds = f.split(treedef, f.zeros(treedef.unflatten(leaves)))
-        pairs = enumerate(zip(leaves, olds, strict=True))
-        rounded = [store_leaf(f, leaf, x, old) for leaf, (x, old) in pairs]
-        return f.join(treedef, list(map(refilled, olds, rounded)))
-
-    fields = formats.map(store, state.moments, loaded)
-    return ScaleByAdam3State(*fields, count=state.count)
+    rows = [convert(path, stored) for path, stored in stored_leaves(state)]
+    m, v, s = (
+        field if kept else _refilled(state.m, [row[i] for row in rows])
+        for i, (field, kept) in enumerate(zip(state.moments, is_kept, strict=True))
+    )
+    return ScaleByAdam3State(m, v, s, state.count)
 
 
 def _replace(
-    state: optax.OptState,
-    kind: type,
-    convert: Callable[[Any], Any],
-    other_optimizer: str = "",
-) -> optax.OptState:
+    state: Any, kind: type, convert: Callable[[Any], Any], other_optimizer: str = ""
+) -> Any:
     """Returns the state with every state of a kind converted.
 
     `other_optimizer` names the function that converts to the state of another one. That
     one would go on with this one's hyperparameters if they were injected.
     """
-    injected = [hyperparams for _, _, hyperparams in find(state, kind)]
+    injected = [hyperparams for _, _, hyperparams in _trees.find(state, kind)]
     if any(injected) and other_optimizer:
         raise ValueError(
             "the state of optax.inject_hyperparams also holds the old optimizer's "
@@ -233,6 +240,7 @@ def _replace(
     def is_node(x: object) -> bool:
         return isinstance(x, kind)
 
-    return jax.tree.map(
-        lambda x: convert(x) if is_node(x) else x, state, is_leaf=is_node
-    )
+    def replace(x: Any) -> Any:
+        return convert(x) if is_node(x) else x
+
+    return jax.tree.map(replace, state, is_leaf=is_node)

@@ -8,25 +8,26 @@ the absolute value. Derivatives are those of arithmetic without rounding.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from adam3_optax import _rounding
-from adam3_optax._rounding import INFINITY, straight_through
+from adam3_optax._rounding import straight_through
 
 _SIZE = np.uint32(0x7FFFFFFF)  # all but the sign
+_INFINITY = np.uint32(0x7F800000)
 _NAN = np.uint32(0x7FC00000)
 
-Remainder = jax.Array | None  # int16, int8, or none
+Remainder = Array | None  # int16, int8, or none
 
 
-def join(param: jax.Array, rest: Remainder) -> jax.Array:
+def join(param: Array, rest: Remainder) -> Array:
     """Returns the float32 of which a parameter and its remainder are the halves."""
     pattern = _pattern(param)
     if rest is not None:
         size = pattern & _SIZE
         # Not below 0: a remainder may be older than its parameter, which may be 0 now.
         whole = jnp.maximum(size.astype(jnp.int32) + _lower(rest), 0)
-        whole = jnp.where(size < INFINITY, whole.astype(jnp.uint32), size)
+        whole = jnp.where(size < _INFINITY, whole.astype(jnp.uint32), size)
         pattern = (pattern ^ size) | whole
     return straight_through(param.astype(jnp.float32), _number(pattern))
 
@@ -34,8 +35,8 @@ def join(param: jax.Array, rest: Remainder) -> jax.Array:
 # Jitted, as is `land`, so that an eager update costs one call a leaf.
 @jax.jit
 def split(
-    master: jax.Array, rest: Remainder, count: jax.Array, key: _rounding.Key
-) -> tuple[jax.Array, Remainder]:
+    master: Array, rest: Remainder, count: Array, key: _rounding.Key
+) -> tuple[Array, Remainder]:
     """Returns a float32 as a parameter and a remainder, in the dtype of the old one."""
     upper, rest = _parted(master, rest, count, key)
     param = lax.bitcast_convert_type((upper >> 16).astype(jnp.uint16), jnp.bfloat16)
@@ -44,12 +45,8 @@ def split(
 
 @jax.jit
 def land(
-    param: jax.Array,
-    master: jax.Array,
-    rest: Remainder,
-    count: jax.Array,
-    key: _rounding.Key,
-) -> tuple[jax.Array, Remainder]:
+    param: Array, master: Array, rest: Remainder, count: Array, key: _rounding.Key
+) -> tuple[Array, Remainder]:
     """Returns the update that leads a parameter to a new master, and the remainder."""
     upper, rest = _parted(master, rest, count, key)
     old = _pattern(param)
@@ -58,25 +55,25 @@ def land(
     return straight_through(master - param.astype(jnp.float32), u), rest
 
 
-def _pattern(x: jax.Array) -> jax.Array:
+def _pattern(x: Array) -> Array:
     """Returns the 32 bits of a float32, or of a bfloat16 as float32."""
     if x.dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
     return lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _number(pattern: jax.Array) -> jax.Array:
+def _number(pattern: Array) -> Array:
     return lax.bitcast_convert_type(pattern, jnp.float32)
 
 
-def _lower(rest: jax.Array) -> jax.Array:
+def _lower(rest: Array) -> Array:
     """Returns what a remainder adds to the pattern of its parameter."""
     return rest.astype(jnp.int32) << (8 if rest.dtype == jnp.int8 else 0)
 
 
 def _parted(
-    master: jax.Array, rest: Remainder, count: jax.Array, key: _rounding.Key
-) -> tuple[jax.Array, Remainder]:
+    master: Array, rest: Remainder, count: Array, key: _rounding.Key
+) -> tuple[Array, Remainder]:
     """Returns the pattern of a float32's nearest bfloat16, and the remainder."""
     pattern = _pattern(master)
     size = pattern & _SIZE
@@ -87,8 +84,8 @@ def _parted(
         # Random bits below the last that is kept carry with the right probability.
         bits = _rounding.random_bits(count, key, master)
         carried = (pattern + (bits >> 24)) >> 8 << 8
-        pattern = jnp.where(size < INFINITY, carried, pattern)
-    pattern = jnp.where(size > INFINITY, _NAN, pattern)
+        pattern = jnp.where(size < _INFINITY, carried, pattern)
+    pattern = jnp.where(size > _INFINITY, _NAN, pattern)
     # The lower half, as a signed number. What is left is the upper half, rounded; a tie
     # goes away from 0. So the parameter is made from the remainder. If both were made
     # from the pattern, a TPU would need two kernels, and compute the whole step twice.

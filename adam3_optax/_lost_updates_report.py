@@ -1,18 +1,17 @@
 """Measures how many updates are lost when they are added to the parameters."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+from jax import Array, lax
+from jax.tree_util import PyTreeDef
 
 from adam3_optax import _boxes
-from adam3_optax._checks import leaves_like
-from adam3_optax._counts import as_table, check_countable, counts_of
-from adam3_optax._report import Report, percent
-from adam3_optax._storage import computed_in
+from adam3_optax._formats import computed_in
+from adam3_optax._reports import Report, as_table, check_countable, counts_of, percent
+from adam3_optax._trees import leaves_like
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +27,8 @@ class LostUpdates:
         elements: How many updates count.
     """
 
-    lost: jax.Array
-    elements: jax.Array
+    lost: Array
+    elements: Array
 
     def _at(self, row: int) -> "LostUpdates":
         return jax.tree.map(lambda x: x[..., row], self)
@@ -105,7 +104,7 @@ def lost_updates_report(
     Source:
         `docs/low_precision.md`.
     """
-    treedef: Any
+    treedef: PyTreeDef
     leaves, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
     us = leaves_like(treedef, _boxes.opened(updates), "updates", "params")
     names, pairs = [], []
@@ -132,14 +131,14 @@ def lost_updates_report(
 
 
 @jax.jit
-def _shares(pairs: list[tuple[jax.Array, jax.Array]]) -> LostUpdates:
+def _shares(pairs: list[tuple[Array, Array]]) -> LostUpdates:
     """Returns the shares, as arrays: of all leaves together, then of each."""
     each = as_table([_counts(*pair) for pair in pairs], 2)
     elements, lost = jnp.concatenate([each.sum(0, keepdims=True), each]).T
     return LostUpdates(lost / elements, elements)
 
 
-def _counts(param: jax.Array, u: jax.Array) -> list[jax.Array]:
+def _counts(param: Array, u: Array) -> list[Array]:
     """Returns how many updates count, and how many of these are lost."""
     dtype = computed_in(param, u)
     kind = jnp.finfo(param.dtype)

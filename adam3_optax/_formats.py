@@ -1,0 +1,292 @@
+"""How a moment is stored between steps: in float32, bfloat16, float8, or not at all.
+
+Each is one array of the parameter's shape for each leaf. The rule sees arrays of
+float32 or float64 only. To add a format, write a subclass of `Format` and enter it in
+`SETTINGS`.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from adam3_optax import _rounding, _xla
+from adam3_optax._rule import Form, Moments, Sigma
+
+# None, "float32", "bfloat16", "float8", or the dtype of that name.
+DTypeSetting = jax.typing.DTypeLike | None
+Field = Any  # m, v or s of a state: a tree like the parameters, or EmptyState
+Name = Literal["m", "v", "s"]
+NAMES: Moments[Name] = Moments("m", "v", "s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(abc.ABC):
+    """How the leaves of one moment are stored.
+
+    Formats are compared by value, so that functions compiled for one are used again.
+
+    Attributes:
+        dtypes: All that its leaves may have. Every format must name them.
+        rounds: Whether it rounds, and needs random bits.
+    """
+
+    dtypes: ClassVar[tuple[np.dtype[Any], ...]]
+    rounds: ClassVar[bool] = True
+
+    def zeros(self, param: Array) -> Any:
+        """Returns a leaf before the first step, sharded as the parameter is."""
+        wide = computed_in(param)
+        return jnp.zeros_like(
+            param, dtype=wide if wide in self.dtypes else self.dtypes[0]
+        )
+
+    @abc.abstractmethod
+    def load(self, stored: Any, sigma: Any) -> Array:
+        """Returns the moment of a leaf, in float32 or wider.
+
+        Args:
+            stored: The leaf.
+            sigma: A `Sigma`, of v as stored at the same time; None if none needs it.
+        """
+
+    @abc.abstractmethod
+    def store(self, x: Array, sigma: Any, bits: Any) -> Any:
+        """Returns a moment as a stored leaf.
+
+        Args:
+            x: The moment, in float32, or in float64 if it is stored so.
+            sigma: A `Sigma`, of the new v as stored; None if no format needs it.
+            bits: 32 random bits for each element; None if no format rounds.
+        """
+
+    def within(self, g: Array) -> Array:
+        """Returns a gradient, clipped to what v can hold the square of."""
+        return g
+
+
+class Wide(Format):
+    """Stored as it is computed: float32, or float64 for float64 parameters."""
+
+    dtypes: ClassVar[Any] = (np.dtype(np.float32), np.dtype(np.float64))
+    rounds = False
+
+    def load(self, stored: Any, sigma: Any) -> Array:
+        return jnp.asarray(stored)
+
+    def store(self, x: Array, sigma: Any, bits: Any) -> Any:
+        return x
+
+
+class Float32(Wide):
+    """Stored in float32, also for float64 parameters."""
+
+    dtypes = Wide.dtypes[:1]
+
+
+class BFloat16(Format):
+    """Stored in bfloat16, rounded stochastically: to nearest, slow averages freeze."""
+
+    dtypes = (jnp.dtype(jnp.bfloat16),)
+
+    def load(self, stored: Any, sigma: Any) -> Array:
+        return jnp.asarray(stored).astype(jnp.float32)
+
+    def store(self, x: Array, sigma: Any, bits: Any) -> Any:
+        return _rounding.to_bfloat16(x, bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8(Format):
+    """m or s in float8_e4m3fn, in units of sigma = sqrt(v) as stored.
+
+    By the Cauchy-Schwarz inequality |m_t| <= C·sqrt(v_t), where b1² < b2 and
+    C = (1-b1)/sqrt((1-b2)·(1-b1²/b2)). That is 7.3 for (0.9, 0.999). So m/sigma has a
+    fixed range, and needs no scale. s/sigma³ is the skewness itself.
+
+    Attributes:
+        power: Of sigma, in the unit: 1 for m; 3 for s, or 3/2 if s averages |d|^(3/2).
+        exponent: x·2^exponent/sigma^power is what is rounded. 2 for m, so that it ends
+            at 112 sigma.
+    """
+
+    power: float
+    exponent: int
+
+    dtypes = (jnp.dtype(jnp.float8_e4m3fn),)
+
+    def load(self, stored: Any, sigma: Any) -> Array:
+        x = _xla.from_float8(stored).astype(sigma.value.dtype)
+        if self.power == 1.0:
+            return x * (sigma.value * 2.0**-self.exponent)
+        # One factor after the other, and sigma within what float32 can cube: infinity
+        # times 0 would be NaN, and NaN would stay.
+        value = jnp.minimum(sigma.value, 2.0**39)
+        return x * value * (value * value if self.power == 3.0 else jnp.sqrt(value))
+
+    def store(self, x: Array, sigma: Any, bits: Any) -> Any:
+        x, inverse = _rounding.without_derivative(x), sigma.inverse
+        x = x * inverse
+        if self.power != 1.0:
+            x *= inverse
+            x = x * inverse if self.power == 3.0 else x * jnp.sqrt(sigma.value)
+        x = x.astype(jnp.float32)
+        return _rounding.to_float8(x, self.exponent, bits)
+
+
+class UnsignedFloat8(Format):
+    """v in 8 bits: a float with 7 bits of exponent and 1 of mantissa.
+
+    From 2^-72 to 1.5·2^54. What is less, but not 0, becomes 2^-72.
+    """
+
+    dtypes = (np.dtype(np.uint8),)
+
+    def load(self, stored: Any, sigma: Any) -> Array:
+        return _rounding.from_unsigned_float8(jnp.asarray(stored))
+
+    def store(self, x: Array, sigma: Any, bits: Any) -> Any:
+        return _rounding.to_unsigned_float8(_rounding.without_derivative(x), bits)
+
+    def within(self, g: Array) -> Array:
+        # A larger gradient counts as 2^27 in m and s, too. Else m/sigma had no bound.
+        is_larger = (jnp.abs(g) > 2.0**27) & (jnp.abs(g) < jnp.inf)
+        return jnp.where(is_larger, jnp.sign(g) * 2.0**27, g)
+
+
+class Absent(Format):
+    """Not stored: s of Adam is 0. One node without children stands for all leaves."""
+
+    dtypes = ()
+    rounds = False
+
+    def load(self, stored: Any, sigma: Any) -> Array:
+        return jnp.zeros(())
+
+    def store(self, x: Array, sigma: Any, bits: Any) -> Any:
+        return None
+
+
+# What users pass as m_dtype, v_dtype and s_dtype. "float8" depends on the moment.
+SETTINGS: dict[Any, Format | None] = {
+    None: Wide(),
+    "float32": Float32(),
+    "bfloat16": BFloat16(),
+    "float8": None,
+}
+_NUMBERS = bool | int | float | complex | np.number | np.ndarray | Array
+_WHY_NOT = {
+    "float16": " (in which (g - m)³ underflows at |g| = 1e-3)",
+    "int8": ". For 8 bits use 'float8', which needs no scales",
+}
+
+
+def format_for(moment: Name, setting: DTypeSetting, form: Form | None) -> Format:
+    """Returns the format of a moment, from a user's setting."""
+    name, known = f"{moment}_dtype", setting
+    if isinstance(setting, _NUMBERS):
+        raise TypeError(
+            f"{name} must be None, a string or a dtype, got {setting!r}. With "
+            f"optax.inject_hyperparams, pass a string, or static_args={name!r}."
+        )
+    if setting is not None and not isinstance(setting, str):
+        try:
+            known = jnp.dtype(setting).name
+        except TypeError:
+            known = repr(setting)
+    if known == "float8_e4m3fn" and moment != "v":  # v in 8 bits is no such float
+        known = "float8"
+    if known not in SETTINGS:
+        allowed, why = ", ".join(map(repr, SETTINGS)), _WHY_NOT.get(str(known), "")
+        raise ValueError(f"{name} must be one of {allowed}, got {known!r}{why}")
+    return SETTINGS[known] or _float8(moment, form)
+
+
+def _float8(moment: Name, form: Form | None) -> Format:
+    if moment == "v":
+        return UnsignedFloat8()
+    power = form.skewness_power if form else 3.0
+    return Float8(1.0, 2) if moment == "m" else Float8(power, 0)
+
+
+def formats_for(
+    form: Form | None, m: DTypeSetting, v: DTypeSetting, s: DTypeSetting
+) -> Moments[Format]:
+    """Returns the formats of all moments, from a user's settings."""
+    pairs = zip(NAMES, (m, v, s), strict=True)
+    formats = Moments(*(format_for(name, setting, form) for name, setting in pairs))
+    if form is None:
+        if s is not None:
+            raise ValueError(
+                f"s_dtype must be None with third_moment=None: there is no s; got {s!r}"
+            )
+        return formats._replace(s=Absent())
+    if form.bounded and isinstance(formats.v, UnsignedFloat8):
+        raise ValueError(
+            "v_dtype='float8' cannot be used with third_moment='standardized': v then "
+            "has 43% of noise, and a skewness divided by it would be 50 to 74% too "
+            "large. Use v_dtype='bfloat16'."
+        )
+    return formats
+
+
+def formats_of(fields: Moments[Field], form: Form | None) -> Moments[Format]:
+    """Returns the formats in which the fields of a state are stored."""
+
+    def find(name: Name, field: Field) -> Format:
+        for f in (*SETTINGS.values(), Absent()):
+            f = f or _float8(name, form)
+            if fits(f, field):
+                return f
+        types = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(field)})
+        raise ValueError(
+            f"the state's {name} is of {', '.join(types)}; it must be stored in "
+            "float32, float64, bfloat16 or float8. If it was cast, by a loader or "
+            "optax.tree.cast, restore it in its dtypes, and use convert_state."
+        )
+
+    return Moments(*map(find, NAMES, fields))
+
+
+def fits(f: Format, field: Field) -> bool:
+    """Returns whether a field is of a format."""
+    # The type tells, not the leaves: a field may have none.
+    if isinstance(f, Absent) or isinstance(field, optax.EmptyState):
+        return isinstance(f, Absent) and isinstance(field, optax.EmptyState)
+    return {jnp.result_type(x) for x in jax.tree.leaves(field)} <= set(f.dtypes)
+
+
+def loaded(formats: Moments[Format], stored: Moments[Any]) -> Moments[Array]:
+    """Returns the moments of a leaf, as they are stored, in float32 or wider."""
+    v = formats.v.load(stored.v, None)
+    sigma = sigma_of(v) if needs_sigma(formats) else None
+    return Moments(formats.m.load(stored.m, sigma), v, formats.s.load(stored.s, sigma))
+
+
+def needs_sigma(formats: Moments[Format]) -> bool:
+    """Returns whether a moment is stored in units of sigma."""
+    return any(isinstance(f, Float8) for f in formats)
+
+
+def sigma_of(v: Array) -> Sigma:
+    """Returns sqrt(v) and its inverse, of v as stored, with a floor at 2^-60."""
+    return Sigma(*_xla.inverse_root(jnp.maximum(v, 2.0**-120)))
+
+
+def computed_in(*arrays: jax.typing.ArrayLike) -> np.dtype[Any]:
+    """Returns float64 if one of the arrays has it, else float32."""
+    wide = any(jnp.result_type(x) == jnp.float64 for x in arrays)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def narrowed(x: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """Returns a moment in a dtype; what is finite stays finite in a narrower one."""
+    if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
+        bound = float(jnp.finfo(dtype).max) / 4
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -bound, bound), x)
+    return x.astype(dtype)
