@@ -28,7 +28,7 @@ CLIENTS_PYTHON ?= $(or $(shell $(PYTHON) tools/interpreter.py 3.12),$(PYTHON))
 # What `make release-check` installs the release on: one Python, or several.
 PYTHONS ?= 3.11 3.12 3.13
 
-.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-notebooks test-gpu mutants lint format docs check-links release-build release-check wheel clean
+.PHONY: help demo bench study records compiled test-compiled test-clients test test-package test-oldest test-newest test-slow test-notebooks test-gpu lint format docs check-links release-build release-check wheel clean
 
 help:
 	@echo "make demo      train a language model and a classifier with AdaM3 and AdamW (minutes)"
@@ -49,7 +49,6 @@ help:
 	@echo "               $(CLIENTS_RECORD) (downloads 2 GB; ten minutes)"
 	@echo "make test-gpu  run all tests but the slow ones on a GPU (GPU=cuda, or rocm); skipped where"
 	@echo "               there is none"
-	@echo "make mutants   check that the tests notice small edits of the package (an hour)"
 	@echo "make lint      lint and type-check alone"
 	@echo "make format    format the code"
 	@echo "make docs      build the site into site/, and check its links"
@@ -59,7 +58,7 @@ help:
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what make made"
 	@echo "Variables: PYTHON=python3.13 VENV=.venv313; ARGS for the demo, as ARGS='--steps 200',"
-	@echo "  and for bench, study and mutants, as ARGS=--quick;"
+	@echo "  and for bench and study, as ARGS=--quick;"
 	@echo "  RECORD, the folder that bench writes to;"
 	@echo "  TEXT, a UTF-8 file for the study's language models"
 
@@ -147,9 +146,6 @@ test-gpu: $(STAMPS)/.dev
 	else \
 	  echo "make test-gpu: skipped, for neither JAX, nvidia-smi nor rocminfo finds a GPU"; \
 	fi
-
-mutants: $(STAMPS)/.dev
-	@"$(BIN)/python" -m tests.mutants $(ARGS)
 
 lint: $(STAMPS)/.dev
 	@"$(BIN)/ruff" check --quiet

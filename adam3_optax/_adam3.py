@@ -376,7 +376,7 @@ def scale_by_adam3(
     def init(params: optax.Params) -> ScaleByAdam3State:
         for path, param in jax.tree.leaves_with_path(params):
             _check_parameter(path, param)
-        m, v, s = (_zeros(f, params) for f in formats)
+        m, v, s = (f.zeros(params) for f in formats)
         return ScaleByAdam3State(m, v, s, jnp.zeros((), jnp.int32))
 
     def update(
@@ -407,18 +407,14 @@ def scale_by_adam3(
         old = map(split, formats, _formats.NAMES, state.moments)
         stepped = list(map(step, paths, items, *old))
         us, *new = zip(*stepped, strict=True) if stepped else ((), (), (), ())
-        m, v, s = (
-            field if f == Absent() else treedef.unflatten(leaves)
-            for f, field, leaves in zip(formats, state.moments, new, strict=True)
-        )
-        return treedef.unflatten(us), ScaleByAdam3State(m, v, s, count)
+        u, m, v = map(treedef.unflatten, (us, new[0], new[1]))
+        s = state.s if form is None else treedef.unflatten(new[2])
+        return u, ScaleByAdam3State(m, v, s, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-_FROM_ADAM = (
-    "adam3_optax.from_adam_state makes one of the state of optax.adam or adamw."
-)
+_FROM_ADAM = "adam3_optax.from_adam_state makes one of that of optax.adam or adamw."
 
 
 # Jitted, and with everything but arrays as static arguments. So it is traced once for
@@ -492,11 +488,6 @@ def _in_order(f: Format, stored: Any, later: Any) -> tuple[Any, Any]:
     return _xla.in_order(stored, later) if f.rounds else (stored, later)
 
 
-def _zeros(f: Format, params: optax.Params) -> Field:
-    """Returns a moment before the first step, in buffers of its own."""
-    return optax.EmptyState() if f == Absent() else jax.tree.map(f.zeros, params)
-
-
 def _split(treedef: PyTreeDef, f: Format, name: str, field: Field) -> list[Any]:
     """Returns the stored leaves of a moment, in the order of the gradients'."""
     if not _formats.fits(f, field):
@@ -516,9 +507,7 @@ def _split(treedef: PyTreeDef, f: Format, name: str, field: Field) -> list[Any]:
         ) from error
 
 
-def stored_leaves(
-    state: ScaleByAdam3State,
-) -> list[tuple[tuple[Any, ...], Moments[Any]]]:
+def stored_leaves(state: ScaleByAdam3State) -> list[tuple[Any, Moments[Any]]]:
     """Returns the path of each leaf, and its stored moments, out of their boxes."""
     treedef: PyTreeDef
     paths, treedef = jax.tree.flatten_with_path(state.m, is_leaf=_boxes.is_box)
@@ -529,9 +518,8 @@ def stored_leaves(
         return _trees.leaves_like(treedef, field, f"the state's {name}", "its m")
 
     columns = _boxes.opened(list(map(leaves, _formats.NAMES, state.moments)))
-    return [
-        (path, Moments(*row)) for (path, _), *row in zip(paths, *columns, strict=True)
-    ]
+    rows = map(Moments, *columns)
+    return [(path, row) for (path, _), row in zip(paths, rows, strict=True)]
 
 
 def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None:

@@ -3,27 +3,17 @@
 The wrapper first, then the way into bfloat16 parameters and back.
 """
 
-import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.tree_util import PyTreeDef
+from jax.tree_util import keystr
 
-from adam3_optax import _boxes, _remainder, _rounding
-from adam3_optax._trees import (
-    check_not_stacked,
-    check_state,
-    choices,
-    find,
-    leaves_like,
-)
+from adam3_optax import _boxes, _remainder, _rounding, _trees
 
-_FROM_INNER = (
-    "init(params)._replace(inner_state=state) makes one of the state of inner."
-)
+_REMEDY = "init(params)._replace(inner_state=state) makes one of the state of inner."
 
 
 class BFloat16ParametersState(NamedTuple):
@@ -129,60 +119,62 @@ def bfloat16_parameters(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> BFloat16ParametersState:
-        for path, param in jax.tree.leaves_with_path(params):
-            _check_parameter(path, param)
-        zeros = functools.partial(_zeros, remainder)
-        kept = jax.tree.map(zeros, params, is_leaf=_boxes.is_box)
+        def zeros(path: tuple[Any, ...], box: Any) -> Any:
+            """Returns a remainder of 0; for a leaf that needs none, a single 0."""
+            param = _boxes.opened(box)
+            if jnp.result_type(param) == jnp.float16:
+                raise ValueError(
+                    f"params{keystr(path)} is float16; it must be bfloat16 or float32"
+                )
+            if remainder is None:
+                return None
+            if not _is_narrow(param):
+                return jnp.zeros((1,) * jnp.ndim(param), remainder)
+            return _boxes.refilled(box, jnp.zeros_like(param, dtype=remainder))
+
+        kept = jax.tree.map_with_path(zeros, params, is_leaf=_boxes.is_box)
         masters = jax.tree.map(lambda x: _wide(x) if _is_narrow(x) else x, params)
         count = jnp.zeros((), jnp.int32)
         return BFloat16ParametersState(wrapped.init(masters), kept, count)
 
-    def update(
-        updates: optax.Updates,
-        state: BFloat16ParametersState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, BFloat16ParametersState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         if params is None:
-            raise ValueError(
-                "bfloat16_parameters needs params: update(g, state, params)"
-            )
-        check_state(state, BFloat16ParametersState, _FROM_INNER)
+            raise ValueError("bfloat16_parameters needs params, as the third argument")
+        _trees.check_state(state, BFloat16ParametersState, _REMEDY)
         count = optax.safe_increment(state.count)
-        treedef: PyTreeDef
         paths, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
 
         def leaves_of(tree: Any, name: str) -> list[Any]:
-            return leaves_like(treedef, _boxes.opened(tree), name, "params")
+            return _trees.leaves_like(treedef, _boxes.opened(tree), name, "params")
 
         def tree_like(tree: Any, leaves: list[Any]) -> Any:
-            return _boxes.refilled(tree, treedef.unflatten(leaves))
+            return _boxes.refilled(tree, jax.tree.unflatten(treedef, leaves))
 
-        old = [param for _, param in paths]
+        masters = [param for _, param in paths]
+        gradients = leaves_of(updates, "updates")
         kept = leaves_of(state.remainder, "the remainder")
-        for (path, param), rest in zip(paths, kept, strict=True):
-            _check_setting(path, rest, remainder)
-            _check_fits(path, param, rest)
-        narrow = [i for i, param in enumerate(old) if _is_narrow(param)]
-        masters, gradients = list(old), leaves_of(updates, "updates")
-        for i in narrow:
-            masters[i] = _remainder.join(old[i], kept[i])
-            gradients[i] = jax.tree.map(_wide, gradients[i])  # it may be None
-        inner_updates, inner_state = wrapped.update(
-            tree_like(updates, gradients),
-            state.inner_state,
-            tree_like(params, masters),
-            **extra_args,
-        )
-        us = leaves_of(inner_updates, "the updates of inner")
-        for i in narrow:
-            if jax.tree.leaves(us[i]):
-                new = masters[i] + _wide(us[i])
-                key = _rounding.leaf_key(paths[i][0], "parameters")
-                us[i], kept[i] = _remainder.land(old[i], new, kept[i], count, key)
+        for i, (path, param) in enumerate(paths):
+            made_with = None if kept[i] is None else str(kept[i].dtype)
+            if made_with != remainder:
+                raise ValueError(
+                    f"the state of params{keystr(path)} was made with remainder="
+                    f"{made_with!r}, and the optimizer has {remainder!r}. To change "
+                    "it, use to_float32_parameters, then to_bfloat16_parameters"
+                )
+            _check_fits(path, param, kept[i])
+            if _is_narrow(param):
+                masters[i] = _remainder.join(param, kept[i])
+                gradients[i] = jax.tree.map(_wide, gradients[i])  # it may be None
+        gs, ps = tree_like(updates, gradients), tree_like(params, masters)
+        new, inner_state = wrapped.update(gs, state.inner_state, ps, **extra_args)
+        us = leaves_of(new, "the updates of inner")
+        for i, (path, param) in enumerate(paths):
+            if _is_narrow(param) and jax.tree.leaves(us[i]):
+                master = masters[i] + _wide(us[i])
+                key = _rounding.leaf_key(path, "parameters")
+                us[i], kept[i] = _remainder.land(param, master, kept[i], count, key)
         rests = tree_like(state.remainder, kept)
-        new_state = BFloat16ParametersState(inner_state, rests, count)
-        return tree_like(inner_updates, us), new_state
+        return tree_like(new, us), BFloat16ParametersState(inner_state, rests, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -231,12 +223,10 @@ def to_bfloat16_parameters(
     Source:
         `docs/low_precision.md`.
     """
-    find(state, BFloat16ParametersState)
-    treedef: PyTreeDef
+    _trees.find(state, BFloat16ParametersState)
     paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
     boxes = [box for _, box in paths]
-    chosen = choices(mask(params) if callable(mask) else mask, params)
-    narrowed = list(boxes)
+    chosen = _trees.choices(mask(params) if callable(mask) else mask, params)
 
     def is_state(x: Any) -> bool:
         return isinstance(x, BFloat16ParametersState)
@@ -244,26 +234,26 @@ def to_bfloat16_parameters(
     def convert(one: Any) -> Any:
         if not is_state(one):
             return one
-        check_not_stacked(one)
-        rests = leaves_like(treedef, one.remainder, "the remainder", "params")
+        _trees.check_not_stacked(one)
+        rests = _trees.leaves_like(treedef, one.remainder, "the remainder", "params")
         for i, (path, box) in enumerate(paths):
             master, rest = _boxes.opened((box, rests[i]))
             if not _owns(rest) or jnp.result_type(master) != jnp.float32:
                 continue
             master = jnp.asarray(master)
-            _check_shape(path, master, rest)
+            _check_fits(path, master, rest, master.shape, (1,) * master.ndim)
             if chosen[i]:
                 # At count 0 the random bits of all leaves would be the same.
                 key = _rounding.leaf_key(path, "conversion")
                 param, rest = _remainder.split(master, rest, one.count + 1, key)
-                narrowed[i] = _boxes.refilled(box, param)
+                boxes[i] = _boxes.refilled(box, param)
                 rests[i] = None if rest is None else _boxes.refilled(box, rest)
             elif rest is not None:  # it may be left from a bfloat16 parameter
                 rests[i] = jnp.zeros((1,) * master.ndim, rest.dtype)
-        return one._replace(remainder=treedef.unflatten(rests))
+        return one._replace(remainder=jax.tree.unflatten(treedef, rests))
 
     state = jax.tree.map(convert, state, is_leaf=is_state)
-    return treedef.unflatten(narrowed), state
+    return jax.tree.unflatten(treedef, boxes), state
 
 
 def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.Params:
@@ -293,68 +283,22 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.
     Source:
         `docs/low_precision.md`.
     """
-    treedef: PyTreeDef
     paths, treedef = jax.tree.flatten_with_path(params, is_leaf=_boxes.is_box)
     boxes = [box for _, box in paths]
-    for _, one, _ in find(state, BFloat16ParametersState):
-        rests = leaves_like(treedef, one.remainder, "the remainder", "params")
-        for i, rest in enumerate(rests):
-            param, rest = _boxes.opened((boxes[i], rest))
-            if not _owns(rest):
-                continue
-            _check_fits(paths[i][0], param, rest)
-            if _is_narrow(param):
-                boxes[i] = _boxes.refilled(boxes[i], _remainder.join(param, rest))
-    return treedef.unflatten(boxes)
+    for _, one, _ in _trees.find(state, BFloat16ParametersState):
+        rests = _trees.leaves_like(treedef, one.remainder, "the remainder", "params")
+        for i, (path, box) in enumerate(paths):
+            param, rest = _boxes.opened((box, rests[i]))
+            if _owns(rest):
+                _check_fits(path, param, rest)
+                if _is_narrow(param):
+                    boxes[i] = _boxes.refilled(box, _remainder.join(param, rest))
+    return jax.tree.unflatten(treedef, boxes)
 
 
 def _is_narrow(x: jax.typing.ArrayLike) -> bool:
     """Returns whether a parameter is bfloat16, and so has a remainder."""
     return jnp.result_type(x) == jnp.bfloat16
-
-
-def _check_setting(path: tuple[Any, ...], rest: Any, remainder: str | None) -> None:
-    """Raises if a remainder was made with another setting."""
-    made_with = None if rest is None else str(rest.dtype)
-    if made_with != remainder:
-        raise ValueError(
-            f"the state's remainder of params{jax.tree_util.keystr(path)} was made "
-            f"with remainder={made_with!r}, and the optimizer has {remainder!r}. To "
-            "change it, use to_float32_parameters and then to_bfloat16_parameters"
-        )
-
-
-def _check_fits(path: tuple[Any, ...], param: Array, rest: Any) -> None:
-    """Raises if a parameter is not what it was when its remainder was made."""
-    expected = jnp.shape(param) if _is_narrow(param) else (1,) * jnp.ndim(param)
-    if jax.tree.leaves(rest) and rest.shape != expected:
-        remedy = ""
-        if not _is_narrow(param) and rest.shape == jnp.shape(param):
-            remedy = ". Was it bfloat16? optax.apply_updates keeps the dtype"
-        raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is {jnp.result_type(param)} of shape "
-            f"{jnp.shape(param)}, and its remainder in the state has shape "
-            f"{rest.shape}, which fits another shape or dtype{remedy}"
-        )
-
-
-def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None:
-    """Raises if a parameter is float16."""
-    if jnp.result_type(param) == jnp.float16:
-        raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is float16; bfloat16_parameters needs "
-            "bfloat16, and leaves float32 as it is"
-        )
-
-
-def _zeros(remainder: str | None, item: Any) -> Any:
-    """Returns a remainder of 0; for a parameter that needs none, a single 0."""
-    if remainder is None:
-        return None
-    param = _boxes.opened(item)
-    if _is_narrow(param):
-        return _boxes.refilled(item, jnp.zeros_like(param, dtype=remainder))
-    return jnp.zeros((1,) * jnp.ndim(param), remainder)
 
 
 def _wide(x: jax.typing.ArrayLike) -> Array:
@@ -369,10 +313,18 @@ def _owns(rest: Any) -> bool:
     return rest is None or bool(jax.tree.leaves(rest))
 
 
-def _check_shape(path: tuple[Any, ...], master: Array, rest: Any) -> None:
-    """Raises if a remainder is of a parameter of another shape."""
-    if rest is not None and rest.shape not in (master.shape, (1,) * master.ndim):
+def _check_fits(path: tuple[Any, ...], param: Any, rest: Any, *shapes: Any) -> None:
+    """Raises if a parameter is not what it was when its remainder was made.
+
+    Then the remainder has one of these shapes; that of the dtype if none is given.
+    """
+    shape, dtype = jnp.shape(param), jnp.result_type(param)
+    shapes = shapes or (shape if _is_narrow(param) else (1,) * len(shape),)
+    if jax.tree.leaves(rest) and rest.shape not in shapes:
+        remedy = ""
+        if rest.shape == shape:
+            remedy = ". Was it bfloat16? optax.apply_updates keeps the dtype"
         raise ValueError(
-            f"params{jax.tree_util.keystr(path)} has shape {master.shape}, and its "
-            f"remainder in the state {rest.shape}: the state was made for another one"
+            f"params{keystr(path)} is {dtype} of shape {shape}, and its remainder has "
+            f"shape {rest.shape}, which fits another shape or dtype{remedy}"
         )

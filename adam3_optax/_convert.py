@@ -12,7 +12,7 @@ from jax.tree_util import PyTreeDef
 from adam3_optax import _boxes, _formats, _rounding, _trees
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._adam3 import ScaleByAdam3State, stored_leaves
-from adam3_optax._formats import Absent, DTypeSetting, Field, Float8, Format
+from adam3_optax._formats import DTypeSetting, Field, Float8, Format
 from adam3_optax._rule import Form, Moments, ThirdMoment
 
 
@@ -80,23 +80,19 @@ def from_adam_state(
     return _replace(state, optax.ScaleByAdamState, convert, "from_adam_state")
 
 
-def to_adam_state(
-    state: optax.OptState, *, mu_dtype: jax.typing.DTypeLike | None = None
-) -> optax.OptState:
+def to_adam_state(state: optax.OptState) -> optax.OptState:
     """Turns a state of AdaM3 into one of Adam: the way back from `from_adam_state`.
 
     Args:
         state: An optimizer state, with m, v and s stored in any way.
-        mu_dtype: The dtype of mu, as in `optax.adam`: a floating one. None keeps the
-            dtype computed in.
 
     Returns:
         The state, with every `ScaleByAdam3State` replaced by a `ScaleByAdamState` with
-        mu = m, nu = v and the same count. s is dropped.
+        mu = m, nu = v, in float32 or float64, and the same count. s is dropped.
 
     Raises:
         ValueError: No `ScaleByAdam3State` in `state`, or one in a state of
-            `optax.inject_hyperparams`; a `mu_dtype` that is not floating.
+            `optax.inject_hyperparams`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -105,8 +101,6 @@ def to_adam_state(
         >>> type(state[0]).__name__, state[0].mu.shape
         ('ScaleByAdamState', (3,))
     """
-    if mu_dtype is not None and not _is_floating(mu_dtype):
-        raise ValueError(f"mu_dtype must be a floating dtype or None, got {mu_dtype!r}")
 
     def convert(adam3: ScaleByAdam3State) -> optax.ScaleByAdamState:
         adam3 = adam3._replace(s=optax.EmptyState())
@@ -114,18 +108,9 @@ def to_adam_state(
         rows = [_formats.loaded(formats, x) for _, x in stored_leaves(adam3)]
         mu = _refilled(adam3.m, [row.m for row in rows])
         nu = _refilled(adam3.m, [row.v for row in rows])
-        if mu_dtype is not None:
-            mu = jax.tree.map(lambda x: x.astype(mu_dtype), mu)
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
 
     return _replace(state, ScaleByAdam3State, convert, "to_adam_state")
-
-
-def _is_floating(dtype: jax.typing.DTypeLike) -> bool:
-    try:
-        return jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:  # no dtype at all
-        return False
 
 
 def convert_state(
@@ -205,7 +190,7 @@ def _stored_as(formats: Moments[Format], form: Form | None, state: Any) -> Any:
         for i in (1, 0, 2):  # v comes first, because it is the others' unit
             f = formats[i]
             if not is_kept[i]:
-                x = jnp.zeros_like(loaded.v) if was[i] == Absent() else loaded[i]
+                x = jnp.zeros_like(loaded.v) if stored[i] is None else loaded[i]
                 dtype = _formats.computed_in(f.zeros(x))
                 new[i] = f.store(_formats.narrowed(x, dtype), sigma, bits[i])
             if i == 1:
@@ -237,10 +222,7 @@ def _replace(
             f"inner_state={other_optimizer}(state.inner_state))"
         )
 
-    def is_node(x: object) -> bool:
-        return isinstance(x, kind)
-
     def replace(x: Any) -> Any:
-        return convert(x) if is_node(x) else x
+        return convert(x) if isinstance(x, kind) else x
 
-    return jax.tree.map(replace, state, is_leaf=is_node)
+    return jax.tree.map(replace, state, is_leaf=lambda x: isinstance(x, kind))

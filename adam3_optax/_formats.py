@@ -39,12 +39,15 @@ class Format(abc.ABC):
     dtypes: ClassVar[tuple[np.dtype[Any], ...]]
     rounds: ClassVar[bool] = True
 
-    def zeros(self, param: Array) -> Any:
-        """Returns a leaf before the first step, sharded as the parameter is."""
-        wide = computed_in(param)
-        return jnp.zeros_like(
-            param, dtype=wide if wide in self.dtypes else self.dtypes[0]
-        )
+    def zeros(self, params: Any) -> Field:
+        """Returns a moment before the first step, sharded as the parameters are."""
+
+        def zero(param: Array) -> Array:
+            wide = computed_in(param)
+            dtype = wide if wide in self.dtypes else self.dtypes[0]
+            return jnp.zeros_like(param, dtype=dtype)
+
+        return jax.tree.map(zero, params)
 
     @abc.abstractmethod
     def load(self, stored: Any, sigma: Any) -> Array:
@@ -130,7 +133,8 @@ class Float8(Format):
         return x * value * (value * value if self.power == 3.0 else jnp.sqrt(value))
 
     def store(self, x: Array, sigma: Any, bits: Any) -> Any:
-        x, inverse = _rounding.without_derivative(x), sigma.inverse
+        inverse = sigma.inverse  # wider than x where v is float64
+        x = _rounding.without_derivative(x).astype(inverse.dtype)
         x = x * inverse
         if self.power != 1.0:
             x *= inverse
@@ -164,6 +168,9 @@ class Absent(Format):
 
     dtypes = ()
     rounds = False
+
+    def zeros(self, params: Any) -> Field:
+        return optax.EmptyState()
 
     def load(self, stored: Any, sigma: Any) -> Array:
         return jnp.zeros(())
@@ -208,31 +215,22 @@ def format_for(moment: Name, setting: DTypeSetting, form: Form | None) -> Format
 
 
 def _float8(moment: Name, form: Form | None) -> Format:
-    if moment == "v":
-        return UnsignedFloat8()
     power = form.skewness_power if form else 3.0
-    return Float8(1.0, 2) if moment == "m" else Float8(power, 0)
+    float8 = {"m": Float8(1.0, 2), "v": UnsignedFloat8(), "s": Float8(power, 0)}
+    return float8[moment]
 
 
-def formats_for(
-    form: Form | None, m: DTypeSetting, v: DTypeSetting, s: DTypeSetting
-) -> Moments[Format]:
-    """Returns the formats of all moments, from a user's settings."""
-    pairs = zip(NAMES, (m, v, s), strict=True)
-    formats = Moments(*(format_for(name, setting, form) for name, setting in pairs))
-    if form is None:
-        if s is not None:
-            raise ValueError(
-                f"s_dtype must be None with third_moment=None: there is no s; got {s!r}"
-            )
-        return formats._replace(s=Absent())
-    if form.bounded and isinstance(formats.v, UnsignedFloat8):
+def formats_for(form: Form | None, *settings: DTypeSetting) -> Moments[Format]:
+    """Returns the formats of m, v and s, from a user's settings for them."""
+    m, v, s = (format_for(*pair, form) for pair in zip(NAMES, settings, strict=True))
+    if form is None and settings[2] is not None:
+        raise ValueError("s_dtype must be None with third_moment=None, which has no s")
+    if form is not None and form.bounded and isinstance(v, UnsignedFloat8):
         raise ValueError(
-            "v_dtype='float8' cannot be used with third_moment='standardized': v then "
-            "has 43% of noise, and a skewness divided by it would be 50 to 74% too "
-            "large. Use v_dtype='bfloat16'."
+            "v_dtype='float8' is too noisy for third_moment='standardized': its "
+            "skewness would be 50 to 74% too large. Use v_dtype='bfloat16'."
         )
-    return formats
+    return Moments(m, v, Absent() if form is None else s)
 
 
 def formats_of(fields: Moments[Field], form: Form | None) -> Moments[Format]:

@@ -5,8 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,27 +38,16 @@ class Float8Warning(UserWarning):
     """
 
 
-class _Range(NamedTuple):
-    """The values that are allowed, in words and as a test."""
-
-    words: str
-    holds: Callable[[float], bool]
-    exact: bool = False  # whether half precision would ruin it: 0.999 becomes 1
-
-
+# What is allowed: in words, the least and the greatest.
 _MAXIMUM = float(np.finfo(np.float32).max)
-_DECAY = _Range("in [0, 1)", lambda x: 0.0 <= x < 1.0, exact=True)
-_EPSILON = _Range(
-    "in [0, inf) (finite in float32)", lambda x: 0.0 <= x <= _MAXIMUM, exact=True
-)
-_FINITE = _Range("finite (in float32)", lambda x: abs(x) <= _MAXIMUM)
-_THRESHOLD = _Range("in (0, inf] (to end the term, take lam to 0)", lambda x: x > 0.0)
-_RANGES = {
-    **dict.fromkeys(["b1", "b2", "b3"], _DECAY),
-    **dict.fromkeys(["eps", "eps_root"], _EPSILON),
-    **dict.fromkeys(["lam", "learning_rate", "weight_decay"], _FINITE),
-    "tau": _THRESHOLD,
-}
+_DECAY = "in [0, 1)", 0.0, math.nextafter(1.0, 0.0)
+_EPSILON = "in [0, inf) (finite in float32)", 0.0, _MAXIMUM
+_FINITE = "finite (in float32)", -_MAXIMUM, _MAXIMUM
+_RANGES = dict.fromkeys(["b1", "b2", "b3"], _DECAY)
+_RANGES |= dict.fromkeys(["eps", "eps_root"], _EPSILON)
+_RANGES |= dict.fromkeys(["lam", "learning_rate", "weight_decay"], _FINITE)
+_RANGES["tau"] = "in (0, inf] (to end the term, take lam to 0)", math.ulp(0.0), math.inf
+_EXACT = "b1", "b2", "b3", "eps", "eps_root"  # in half precision 0.999 becomes 1
 
 
 def number(name: str, value: Any) -> Scalar:
@@ -68,23 +56,18 @@ def number(name: str, value: Any) -> Scalar:
     A traced scalar has no value yet, so only its dtype and shape are checked.
     """
     wanted = f"{name} must be a real number or a scalar array, got"
-    if callable(value):
-        raise TypeError(
-            f"{wanted} {value!r}. For a schedule of it, use optax.inject_hyperparams."
-        )
     numeric = isinstance(value, int | float | np.generic | np.ndarray | Array)
     dtype = getattr(value, "dtype", np.dtype(type(value)))
     floating = jnp.issubdtype(dtype, jnp.floating)
     if not numeric or not (floating or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{wanted} {value!r}")
+        remedy = ". For a schedule of it, use optax.inject_hyperparams."
+        raise TypeError(f"{wanted} {value!r}{remedy if callable(value) else ''}")
     if np.shape(value) != ():
         raise ValueError(f"{wanted} an array of shape {np.shape(value)}")
-    allowed = _RANGES[name]
-    if allowed.exact and floating and jnp.finfo(dtype).bits < 32:
+    if name in _EXACT and floating and jnp.finfo(dtype).bits < 32:
         raise ValueError(
-            f"{name} must be a Python number or an array of float32 or wider, got "
-            f"{dtype}, in which its value is already lost. With "
-            "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
+            f"{name} must be of float32 or wider, got {dtype}, in which its value is "
+            "lost. With optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
         )
     if isinstance(value, jax.core.Tracer):
         return value if floating else value.astype(float)
@@ -92,14 +75,13 @@ def number(name: str, value: Any) -> Scalar:
         x = float(value)
     except OverflowError:  # a Python int with hundreds of digits
         x = math.inf if value > 0 else -math.inf
-    if not allowed.holds(x):
-        raise ValueError(f"{name} must be {allowed.words}, got {x}")
+    words, least, greatest = _RANGES[name]
+    if not least <= x <= greatest:
+        raise ValueError(f"{name} must be {words}, got {x}")
     return x
 
 
-def value_at(
-    name: str, value: ScalarOrSchedule
-) -> Callable[[jax.typing.ArrayLike], Scalar]:
+def value_at(name: str, value: ScalarOrSchedule) -> Callable[[Any], Scalar]:
     """Returns a checked hyperparameter as a function of the count before the step.
 
     A number or array is checked at once, a schedule at each step.
@@ -118,22 +100,18 @@ def form(third_moment: ThirdMoment | None) -> Form | None:
     return FORMS[third_moment] if third_moment else None
 
 
-def warn_of_blow_up(
-    b2: Scalar, b3: Scalar, lam: ScalarOrSchedule, form: Form | None
-) -> None:
+def warn_of_blow_up(b2: Scalar, b3: Scalar, lam: Any, form: Form | None) -> None:
     """Warns, once for each pair of decays, if s outlives sqrt(v)."""
-    if form is None or form.bounded or not isinstance(b2, float):
-        return
     weight = None if callable(lam) else number("lam", lam)
-    if not isinstance(b3, float) or (isinstance(weight, float) and weight == 0.0):
+    is_zero = isinstance(weight, float) and weight == 0.0
+    if is_zero or form is None or form.bounded:
         return
     # The margin: sqrt(b2), rounded to float32 on its way here, is not too large.
-    if b3 * b3 > b2 * (1 + 1e-6):
+    if isinstance(b2, float) and isinstance(b3, float) and b3 * b3 > b2 * (1 + 1e-6):
         _warn(
             f"b3 = {b3:g} exceeds sqrt(b2) = {math.sqrt(b2):g}: the third moment "
-            "outlives the second, and an isolated gradient can be followed by steps of "
-            "hundreds of learning rates. Use b3 <= sqrt(b2), or "
-            "third_moment='standardized', whose term is bounded.",
+            "outlives the second, and after an isolated gradient steps can be hundreds "
+            "of learning rates. Use b3 <= sqrt(b2), or third_moment='standardized'.",
             BlowUpWarning,
         )
 
@@ -142,46 +120,33 @@ def warn_of_float8(
     b1: Scalar, b2: Scalar, b3: Scalar, form: Form | None, formats: Moments[Format]
 ) -> None:
     """Warns, once for each set of decays, if they are too slow for float8."""
+    why = {}
     if isinstance(formats.m, Float8) and isinstance(b1, float):
-        remedy = "Use m_dtype='bfloat16'."
         if b1 >= 0.99:
-            _warn(
-                f"b1 = {b1:g} is slow for a float8 m, whose error grows to 27% of the "
-                f"update at 0.99 and 84% at 0.999. {remedy}",
-                Float8Warning,
-            )
+            why["m"] = f"b1 = {b1:g} is slow, and errors are 27% of an update or more"
         elif isinstance(b2, float):
             room = (1 - b2) * (1 - b1**2 / b2) if b1**2 < b2 else 0.0
             if (1 - b1) ** 2 > 112**2 * room:
-                _warn(
-                    f"with b1 = {b1:g} and b2 = {b2:g}, |m|/sqrt(v) can exceed 112, "
-                    f"where a float8 m ends. {remedy}",
-                    Float8Warning,
-                )
-    if isinstance(formats.s, Float8) and form is FORMS["cubic"]:
-        if not all(isinstance(b, float) for b in (b1, b2, b3)):
-            return
+                given = f"b1 = {b1:g} and b2 = {b2:g}"
+                why["m"] = f"with {given}, |m|/sqrt(v) can exceed 112"
+    is_known = all(isinstance(b, float) for b in (b1, b2, b3))
+    if isinstance(formats.s, Float8) and form is FORMS["cubic"] and is_known:
         first = (1 - b3) * b1**3 / (1 - b2) ** 1.5  # s/sqrt(v)³ at step 1
         if first > 448:
-            _warn(
-                f"with b1 = {b1:g}, b2 = {b2:g} and b3 = {b3:g}, s/sqrt(v)³ is "
-                f"{first:.0f} at step 1, and a float8 s ends at 448. Use "
-                "s_dtype='bfloat16'.",
-                Float8Warning,
-            )
+            given = f"b1 = {b1:g}, b2 = {b2:g} and b3 = {b3:g}"
+            why["s"] = f"with {given}, s/sqrt(v)³ is {first:.0f} at step 1, beyond 448"
+    for name, reason in why.items():
+        remedy = f"Use {name}_dtype='bfloat16'."
+        _warn(f"float8 does not fit this {name}: {reason}. {remedy}", Float8Warning)
 
 
 # Cached, so that it warns once: `optax.inject_hyperparams` builds the optimizer at
 # every trace. If warnings are errors, this raises, and nothing is cached.
 @functools.cache
 def _warn(message: str, category: type[Warning]) -> None:
-    warnings.warn(message, category, stacklevel=_frames_inside() + 1)
-
-
-def _frames_inside() -> int:
-    """Returns how many of the innermost frames are this package's, or Optax's."""
-    inside, names = 0, (__package__, "optax")
-    frame: FrameType | None = sys._getframe(1)
+    # At the user's line, so the innermost frames of this package and Optax are skipped.
+    level, names = 1, (__package__, "optax")
+    frame: Any = sys._getframe()
     while frame and frame.f_globals.get("__name__", "").split(".")[0] in names:
-        inside, frame = inside + 1, frame.f_back
-    return inside
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

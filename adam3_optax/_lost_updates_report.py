@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.tree_util import PyTreeDef
 
 from adam3_optax import _boxes
 from adam3_optax._formats import computed_in
-from adam3_optax._reports import Report, as_table, check_countable, counts_of, percent
+from adam3_optax._reports import Report, check_countable, counts_of, percent
 from adam3_optax._trees import leaves_like
 
 
@@ -29,9 +28,6 @@ class LostUpdates:
 
     lost: Array
     elements: Array
-
-    def _at(self, row: int) -> "LostUpdates":
-        return jax.tree.map(lambda x: x[..., row], self)
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +100,6 @@ def lost_updates_report(
     Source:
         `docs/low_precision.md`.
     """
-    treedef: PyTreeDef
     leaves, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
     us = leaves_like(treedef, _boxes.opened(updates), "updates", "params")
     names, pairs = [], []
@@ -112,19 +107,16 @@ def lost_updates_report(
         if not jax.tree.leaves(u):
             continue
         name = jax.tree_util.keystr(path)
-        if jnp.shape(u) != jnp.shape(param):
+        param, u = jnp.asarray(param), jnp.asarray(u)
+        if u.shape != param.shape:
+            raise ValueError(f"updates{name} has shape {u.shape}, not {param.shape}")
+        if param.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
             raise ValueError(
-                f"updates{name} has shape {jnp.shape(u)}, and its parameter "
-                f"{jnp.shape(param)}"
-            )
-        if jnp.result_type(param) not in (jnp.bfloat16, jnp.float32, jnp.float64):
-            raise ValueError(
-                f"params{name} must be bfloat16, float32 or float64, got "
-                f"{jnp.result_type(param)}"
+                f"params{name} must be bfloat16, float32 or float64, got {param.dtype}"
             )
         check_countable(name, param)
         names.append(name or "params")
-        pairs.append((jnp.asarray(param), jnp.asarray(u)))
+        pairs.append((param, u))
     # NaN is a result here, not a fault.
     with jax.debug_nans(False):
         return LostUpdatesReport(_shares(pairs), tuple(names))
@@ -133,17 +125,13 @@ def lost_updates_report(
 @jax.jit
 def _shares(pairs: list[tuple[Array, Array]]) -> LostUpdates:
     """Returns the shares, as arrays: of all leaves together, then of each."""
-    each = as_table([_counts(*pair) for pair in pairs], 2)
-    elements, lost = jnp.concatenate([each.sum(0, keepdims=True), each]).T
+    masks = []
+    for param, u in pairs:
+        dtype, kind = computed_in(param, u), jnp.finfo(param.dtype)
+        old, u = param.astype(dtype), u.astype(dtype)
+        # Rounded as the parameter is. XLA on a GPU would drop a conversion and back.
+        new = lax.reduce_precision(old + u, kind.nexp, kind.nmant)
+        counted = (u != 0) & jnp.isfinite(old)
+        masks.append([counted, counted & (new == old)])
+    elements, lost = counts_of(masks, 2).T
     return LostUpdates(lost / elements, elements)
-
-
-def _counts(param: Array, u: Array) -> list[Array]:
-    """Returns how many updates count, and how many of these are lost."""
-    dtype = computed_in(param, u)
-    kind = jnp.finfo(param.dtype)
-    old, u = param.astype(dtype), u.astype(dtype)
-    # Rounded as the parameter is. XLA on a GPU would drop a conversion and back.
-    new = lax.reduce_precision(old + u, kind.nexp, kind.nmant)
-    counted = (u != 0) & jnp.isfinite(old)
-    return counts_of([counted, counted & (new == old)])

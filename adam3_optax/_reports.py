@@ -1,10 +1,8 @@
 """What all reports have: counts of elements; statistics as scalars and as a table."""
 
-import abc
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,11 @@ from jax import Array, lax
 
 
 @dataclasses.dataclass(frozen=True)
-class Report(abc.ABC):
+class Report:
     """Statistics of all elements together and of each leaf: a pytree.
 
-    So it leaves jit, and can be made inside a training step.
+    So it leaves jit, and can be made inside a training step. Subclasses have a
+    `verdict()`, too: one sentence.
 
     Attributes:
         rows: Statistics with arrays in place of scalars: of all elements together, then
@@ -26,36 +25,30 @@ class Report(abc.ABC):
     rows: Any
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
-    @property
-    @abc.abstractmethod
-    def topic(self) -> str:
-        """What it is about: the default prefix of its scalars."""
-
-    @property
-    @abc.abstractmethod
-    def columns(self) -> Sequence[tuple[str, Callable[[Any], str]]]:
-        """The columns of its table: a title, and what it shows of the statistics."""
-
-    @abc.abstractmethod
-    def verdict(self) -> str:
-        """Returns one sentence."""
+    topic: ClassVar[str]  # the default prefix of its scalars
+    columns: ClassVar[Any]  # of its table: a title, and what it shows of the statistics
 
     @property
     def overall(self) -> Any:
         """The statistics of all elements together."""
-        return self.rows._at(0)
+        return self._at(0)
 
     @property
     def leaves(self) -> dict[str, Any]:
         """The statistics of each leaf, by its name."""
-        return {name: self.rows._at(i) for i, name in enumerate(self.names, start=1)}
+        return {name: self._at(i) for i, name in enumerate(self.names, start=1)}
+
+    def _at(self, row: int) -> Any:
+        fields = vars(self.rows).items()
+        # The last axis has the rows. `jax.vmap` puts another axis before it.
+        one = {k: x[row] if isinstance(x, tuple) else x[..., row] for k, x in fields}
+        return type(self.rows)(**one)
 
     def on_host(self) -> Self:
         """Returns the report with arrays of NumPy."""
         if self.rows.elements.ndim > 1:
             raise ValueError(
-                f"the report's elements have shape {self.rows.elements.shape}: it is "
-                "of several optimizers, as made by jax.vmap; take one with jax.tree.map"
+                "jax.vmap made several reports in one: take one with jax.tree.map"
             )
         return jax.device_get(self)
 
@@ -84,15 +77,14 @@ class Report(abc.ABC):
     def table(self) -> str:
         """Returns a table as text: a line for each leaf, and one for all."""
         report = self.on_host()
+        named = [*report.leaves.items(), ("all", report.overall)]
         rows = [["leaf", *(title for title, _ in self.columns)]]
-        for name, x in [*report.leaves.items(), ("all", report.overall)]:
-            rows.append([name, *(show(x) for _, show in self.columns)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        adjusted = [
-            [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-            for row in rows
-        ]
-        return "\n".join(map("  ".join, adjusted))
+        rows += [[name, *(show(x) for _, show in self.columns)] for name, x in named]
+        width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return "\n".join(
+            "  ".join([name.ljust(width), *map(str.rjust, cells, widths)])
+            for name, *cells in rows
+        )
 
 
 def percent(share: Any) -> str:
@@ -105,29 +97,33 @@ def percent(share: Any) -> str:
     return "<0.1%" if x < 0.001 else ">99.9%" if x > 0.999 else f"{x:.1%}"
 
 
-def counts_of(masks: list[Array]) -> list[Array]:
-    """Returns how many are true in each mask, exact before it is rounded to float32.
+def counts_of(leaves: list[list[Array]], *shape: int) -> Array:
+    """Returns how many are true in each leaf's masks: a row for all, then one for each.
 
-    One pass counts all masks, which compiles and runs many times faster than one pass
-    each. Each device of a sharded leaf sends one number only.
+    Exact for a leaf, and then rounded to float32. One pass counts all its masks, which
+    compiles and runs many times faster than one pass each. Each device of a sharded
+    leaf sends one number only.
+
+    Args:
+        leaves: The masks of each leaf.
+        shape: That of a row, which holds for no leaves, too.
     """
-    counted = lax.reduce(
-        [mask.astype(jnp.uint32) for mask in masks],
-        [jnp.uint32(0)] * len(masks),
-        lambda x, y: [a + b for a, b in zip(x, y, strict=True)],
-        range(masks[0].ndim),
-    )
-    return [count.astype(jnp.float32) for count in counted]
 
+    def count(masks: list[Array]) -> list[Array]:
+        return lax.reduce(
+            [mask.astype(jnp.uint32) for mask in masks],
+            [jnp.uint32(0)] * len(masks),
+            lambda x, y: [a + b for a, b in zip(x, y, strict=True)],
+            range(masks[0].ndim),
+        )
 
-def as_table(rows: list[list[Array]], *shape: int) -> Array:
-    """Returns rows of counts as an array, also if there are none."""
-    return jnp.array(rows, jnp.float32).reshape(-1, *shape)
+    rows = jnp.array(list(map(count, leaves)), jnp.float32).reshape(-1, *shape)
+    return jnp.concatenate([rows.sum(0, keepdims=True), rows])
 
 
 def check_countable(name: str, x: Any) -> None:
     """Raises if a leaf has too many elements for a count of 32 bits."""
-    shape = jnp.shape(x)
-    known = all(isinstance(size, int) for size in shape)  # `jax.export` has others
-    if known and math.prod(shape) >= 2**32:
+    sizes = jnp.shape(x)
+    # `jax.export` has sizes that are not known yet.
+    if all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= 2**32:
         raise ValueError(f"params{name} has 2³² elements or more: too many to count")

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -40,27 +39,31 @@ def random_bits(
     supports.
     """
     count = jnp.asarray(count).astype(jnp.uint32)
-    seed = _scatter(count)
     # Use one of the key's two numbers: which one depends on the count, so XLA cannot
     # compute it ahead of time. If it could, each leaf's kernel would contain a constant
     # of its own, leaves of one shape could not share a kernel, and 1,000 leaves would
     # compile several times slower.
     key = jnp.asarray(key)
-    own = jnp.where(count % 2 == 1, key[1], key[0])
     # Start from the leaf's own number. If leaves shared a sum of the seed and the rows,
     # XLA on a GPU would merge their kernels, and take twice as long to compile. For the
     # same reason nothing is multiplied inside the sum but the strides.
-    index = seed * own
+    index = _mixed(count) * jnp.where(count % 2 == 1, key[1], key[0])
     # On explicit meshes a sharding is part of a type. Without it each device would
     # compute the bits of the whole leaf.
     where = jax.typeof(like).sharding
     for axis in range(like.ndim):
-        stride = _product(like.shape[axis + 1 :])
+        stride: Any = math.prod(like.shape[axis + 1 :])
+        is_symbol = not isinstance(stride, int)  # of `jax.export`
+        stride = jnp.asarray(stride if is_symbol else np.uint32(stride % 2**32))
         along = lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=where)
-        index += along * stride
+        index += along * stride.astype(jnp.uint32)
     # Neighbours differ in their lower bits alone. This product carries them upwards.
     # Without it the bits of near elements fail tests of pairs.
-    x = index * _GOLDEN
+    return _mixed(index * _GOLDEN)
+
+
+def _mixed(x: Array) -> Array:
+    """Scatters 32 bits upwards, by constants that C. Wellons found (`lowbias32`)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     return (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
 
@@ -75,23 +78,6 @@ def for_moments(bits: Array) -> Moments[Array]:
 
 
 _GOLDEN = np.uint32(0x9E3779B1)  # 2³² divided by the golden ratio, made odd
-
-
-def _product(sizes: Sequence[Any]) -> Array:
-    """Returns the product of sizes modulo 2³²; some may be symbolic (`jax.export`)."""
-    known = [size for size in sizes if isinstance(size, int)]
-    product = jnp.uint32(math.prod(known) % 2**32)
-    for size in sizes:
-        if not isinstance(size, int):
-            product *= jnp.asarray(size).astype(jnp.uint32)
-    return product
-
-
-def _scatter(x: Array) -> Array:
-    """Scatters 32 bits: the `lowbias32` finalizer found by C. Wellons."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def to_bfloat16(x: Array, bits: Array) -> Array:

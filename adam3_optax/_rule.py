@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -88,9 +87,7 @@ class Form:
     bounded: bool
 
 
-def coefficients(
-    h: Hyperparameters, t: Array, dtype: jax.typing.DTypeLike
-) -> Coefficients:
+def coefficients(h: Hyperparameters, t: Array, dtype: Any) -> Coefficients:
     """Returns the scalars of step `t` (counted from 1) in the type computed in."""
 
     def cast(x: Scalar) -> Any:
@@ -129,9 +126,7 @@ def update_s(g: Array, m: Array, s: Array, k: Coefficients, form: Form) -> Array
     return k.a3 * form.power(form.deviation(g, m, k), k) + k.b3 * s
 
 
-def direction(
-    m: Array, v: Array, b: Array | float, sigma: Sigma | None, k: Coefficients
-) -> Array:
+def direction(m: Array, v: Array, b: Any, sigma: Any, k: Coefficients) -> Array:
     """Returns u_t = (m̂ + b_t) / (sqrt(v̂ + eps_root) + eps)."""
     if sigma is not None and k.eps_root is None:
         root = sigma.value * jnp.sqrt(k.c2)  # a root of each element less
@@ -140,18 +135,15 @@ def direction(
     return (m * k.c1 + b) / (root + k.eps)
 
 
-def standard_deviation(
-    v: Array, sigma: Sigma | None, k: Coefficients
-) -> tuple[Array, Array, Array]:
+def standard_deviation(v: Array, sigma: Any, k: Coefficients) -> tuple[Array, ...]:
     """Returns σ = sqrt(v̂), 1/σ, and whether v̂ is large enough for a skewness.
 
     Below 2²⁴ times the smallest normal number, d³ has long become 0. There the skewness
-    is 0 by definition, and σ is no matter.
+    is 0 by definition, whatever σ is.
     """
-    v_hat = v * k.c2
+    v_hat, root = v * k.c2, jnp.sqrt(k.c2)
     seen = v_hat > 2.0**24 * jnp.finfo(v.dtype).tiny
     if sigma is not None:
-        root = jnp.sqrt(k.c2)
         return sigma.value * root, sigma.inverse * (1.0 / root), seen
     # This inner `where` keeps NaN out of the derivative.
     found = jnp.sqrt(jnp.where(seen, v_hat, 1.0))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,13 +14,11 @@ from jax import Array, lax
 from adam3_optax import _formats, _rule, _trees
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._adam3 import ScaleByAdam3State, adam3w, stored_leaves
-from adam3_optax._formats import Format
-from adam3_optax._reports import Report, as_table, check_countable, counts_of, percent
-from adam3_optax._rule import FORMS, Coefficients, Form, Moments, ThirdMoment
+from adam3_optax._reports import Report, check_countable, counts_of, percent
+from adam3_optax._rule import FORMS, Coefficients, Form, ThirdMoment
 
-_MEDIAN, _TAIL = 0.5, 0.999
+_QUANTILES = [0.5, 0.999]  # the median, and the tail
 _LAST = 2**31 - 1  # the largest bit pattern of a float32 that is not negative
-_REMEDY = f"build the optimizer with another one: {', '.join(FORMS)}"
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +48,6 @@ class Statistics:
     without_effect: Array
     elements: Array
     state_bytes: Any = dataclasses.field(metadata={"static": True})
-
-    def _at(self, row: int) -> "Statistics":
-        # The last axis has the rows. `jax.vmap` puts another axis before it.
-        one = jax.tree.map(lambda x: x[..., row], self)
-        return dataclasses.replace(one, state_bytes=self.state_bytes[row])
 
 
 @jax.tree_util.register_dataclass
@@ -94,28 +86,23 @@ class ThirdMomentReport(Report):
         median ratio |b_t|/|m̂| above 1; half or more clipped; a median ratio below
         0.001; none of these.
         """
-        x = self.on_host().overall
-        ratio, tail = float(x.ratio), float(x.ratio_tail)
-        silent, clipped = float(x.without_effect), float(x.clipped)
-        found = f"median ratio {ratio:.0e}"
-        if not float(x.elements):
+        x = self.scalars("")
+        ratio, clipped, silent = x["ratio"], x["clipped"], x["without_effect"]
+        found, nothing = f"median ratio {ratio:.0e}", "third moment changes nothing"
+        if not x["elements"]:
             return "No element has had a gradient yet: there is nothing to say."
-        if math.isnan(tail):
+        if math.isnan(x["ratio_tail"]):
             return "The state holds NaN: there is nothing to say of the third moment."
         if not float(self.lam):
-            return (
-                "The third moment changes nothing, for lam is 0: this step is Adam's."
-            )
+            return f"The {nothing}, for lam is 0: this step is Adam's."
         if silent >= 0.5:
             where = "" if silent == 1 else f" in {percent(silent)} of the elements"
-            remedy = (
-                "a larger lam or tau, or more skewed gradients, would change that"
-                if FORMS[self.third_moment].bounded
-                else "rescale the loss, or use third_moment='standardized'"
-            )
+            remedy = "a larger lam or tau, or more skewed gradients, would change that"
+            if not FORMS[self.third_moment].bounded:
+                remedy = "rescale the loss, or use third_moment='standardized'"
             return (
-                f"With these gradients the third moment changes nothing{where}: "
-                f"{found}, 0.999 quantile {tail:.0e}; {remedy}."
+                f"With these gradients the {nothing}{where}: "
+                f"{found}, 0.999 quantile {x['ratio_tail']:.0e}; {remedy}."
             )
         if ratio > 1:
             return f"The skewness term outweighs the momentum: {found}."
@@ -124,9 +111,8 @@ class ThirdMomentReport(Report):
                 f"The skewness term is clipped in {percent(clipped)} of the elements, "
                 f"where only its sign counts: {found}."
             )
-        if ratio < 1e-3:
-            return f"The third moment hardly shifts the momentum: {found}."
-        return f"The third moment shifts the momentum: {found}."
+        hardly = "hardly " if ratio < 1e-3 else ""
+        return f"The third moment {hardly}shifts the momentum: {found}."
 
 
 def third_moment_report(
@@ -206,91 +192,62 @@ def third_moment_report(
     unknown = others.keys() - inspect.signature(adam3w).parameters
     if unknown:
         raise TypeError(f"adam3w has no argument {', '.join(sorted(unknown))}")
-    if hp.form(third_moment) is None:
-        raise ValueError(
-            f"third_moment=None has no third moment to report on; {_REMEDY}"
-        )
+    form = hp.form(third_moment)
     chosen = {"b1": b1, "b2": b2, "b3": b3, "lam": lam, "tau": tau}
     given = {name: value for name, value in chosen.items() if value is not None}
     found = _trees.find(state, ScaleByAdam3State)
-    names: list[str] = []
-    formats: list[Moments[Format]] = []
-    leaves: list[tuple[Moments[Any], Coefficients]] = []
-    lams = []
+    if form is None or any(isinstance(x.s, optax.EmptyState) for _, x, _ in found):
+        raise ValueError(
+            f"no third moment to report on; give the optimizer one: {', '.join(FORMS)}"
+        )
+    names, leaves, lams = [], [], []
     for path, adam3, injected in found:
-        taken = _steps_taken(adam3)
-        h = _of_the_last_step(given, injected, taken - 1)
+        _trees.check_not_stacked(adam3)
+        known = {**injected, **given}
+        missing = ", ".join(name for name in chosen if name not in known)
+        if missing:
+            raise ValueError(
+                f"{missing} must be given, as to the optimizer: its state has none"
+            )
+        t = jnp.maximum(adam3.count, 1)
+        values = {name: hp.value_at(name, known[name])(t - 1) for name in chosen}
+        h = _rule.Hyperparameters(**values, eps=0.0, eps_root=0.0)
         lams.append(jnp.abs(jnp.asarray(h.lam, jnp.float32)))
         # Not inside jit, where Python floats become float32 and 1 - b loses digits.
-        coefficients = functools.cache(functools.partial(_rule.coefficients, h, taken))
-        these = _formats.formats_of(adam3.moments, FORMS[third_moment])
+        coefficients = functools.cache(functools.partial(_rule.coefficients, h, t))
         for keys, stored in stored_leaves(adam3):
             name = jax.tree_util.keystr(keys)
             check_countable(name, stored.m)
             names.append((path + name if len(found) > 1 else name) or "params")
-            formats.append(these)
-            dtype = _formats.computed_in(*stored)
-            leaves.append((stored, coefficients(dtype)))
+            leaves.append((stored, coefficients(_formats.computed_in(*stored))))
     # NaN and inf are results here, not faults.
     with jax.debug_nans(False), jax.debug_infs(False):
-        rows = _statistics(leaves, tuple(formats), FORMS[third_moment])
-    lam = jnp.max(jnp.stack(lams))
-    return ThirdMomentReport(rows, tuple(names), lam, third_moment)
+        rows = _statistics(leaves, form)
+    return ThirdMomentReport(rows, tuple(names), jnp.stack(lams).max(), third_moment)
 
 
-def _steps_taken(state: ScaleByAdam3State) -> Array:
-    """Returns the number of the step that made a state, at least 1."""
-    _trees.check_not_stacked(state)
-    if isinstance(state.s, optax.EmptyState):
-        raise ValueError(f"the state has no third moment to report on; {_REMEDY}")
-    return jnp.maximum(state.count, 1)
-
-
-def _of_the_last_step(
-    given: Mapping[str, Any], injected: Mapping[str, Any], count: Array
-) -> _rule.Hyperparameters:
-    """Returns the hyperparameters of the last step; given ones override injected."""
-    needed = ("b1", "b2", "b3", "lam", "tau")
-    known = {**injected, **given}
-    missing = [name for name in needed if name not in known]
-    if missing:
-        raise ValueError(
-            f"{', '.join(missing)} must be given, as to the optimizer: its state does "
-            "not hold them"
-        )
-    values = (hp.value_at(name, known[name])(count) for name in needed)
-    return _rule.Hyperparameters(*values, 0.0, 0.0)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _statistics(
-    leaves: list[tuple[Moments[Any], Coefficients]],
-    formats: tuple[Moments[Format], ...],
-    form: Form,
-) -> Statistics:
+@functools.partial(jax.jit, static_argnums=1)
+def _statistics(leaves: list[tuple[Any, Coefficients]], form: Form) -> Statistics:
     """Returns the statistics, as arrays: of all leaves together, then of each."""
-    pairs = zip(formats, leaves, strict=True)
-    measured = [
-        _measure(_formats.loaded(f, stored), k, form) for f, (stored, k) in pairs
-    ]
-    counts = as_table([counts_of(list(x[2:])) for x in measured], 3)
-    counts = jnp.concatenate([counts.sum(0, keepdims=True), counts])
-    elements, clipped, without_effect = counts.T
-    found = _quantiles([x[:2] for x in measured], elements)
+    measured = [_measure(stored, k, form) for stored, k in leaves]
+    elements, clipped, without_effect = counts_of([x[1] for x in measured], 3).T
+    found = _quantiles([x[0] for x in measured], elements)
+    skewness, tail, ratio, ratio_tail = found.T
     sizes = [sum(x.nbytes for x in jax.tree.leaves(stored)) for stored, _ in leaves]
     shares = clipped / elements, without_effect / elements
-    skewness, tail, ratio, ratio_tail = found.reshape(-1, 4).T
     total = (sum(sizes), *sizes)
     return Statistics(skewness, tail, ratio, ratio_tail, *shares, elements, total)
 
 
-def _measure(moments: Moments[Array], k: Coefficients, form: Form) -> tuple[Array, ...]:
-    """Returns, of each element, what is counted.
+def _measure(stored: Any, k: Coefficients, form: Form) -> tuple[list[Array], ...]:
+    """Returns, of each element of a leaf, what is counted.
 
-    The bit patterns of its skewness and its ratio, whether it has had a gradient, and
-    if so, whether its term is clipped and whether its term is without effect.
+    First the bit patterns of its skewness and of its ratio, each for two quantiles.
+    Then whether it has had a gradient, and if so, whether its term is clipped and
+    whether its term is without effect.
     """
-    m, v, s = (x.astype(k.c1.dtype) for x in moments)
+    loaded = _formats.loaded(_formats.formats_of(stored, form), stored)
+    m, v, s = (x.astype(k.c1.dtype) for x in loaded)
     seen = (m != 0) | (v != 0)
     size = jnp.abs(m * k.c1)
     b = jnp.abs(form.term(s, v, None, k))
@@ -301,49 +258,38 @@ def _measure(moments: Moments[Array], k: Coefficients, form: Form) -> tuple[Arra
     clipped = (skewness if form.bounded else jnp.abs(s)) > k.tau
     # Not m̂ + b == m̂, which XLA may fuse and round in another way than the step does.
     unit = jnp.nextafter(size, jnp.inf) - size
-    return (
-        _pattern(skewness, seen),
-        _pattern(ratio, seen),
-        seen,
-        seen & clipped,
-        seen & (b <= unit / 2),
-    )
+
+    def pattern(x: Array) -> Array:
+        """Returns integers in the order of x >= 0; then come NaN and what is unseen."""
+        bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+        return jnp.where(seen, bits & _LAST, _LAST)  # a NaN may have a sign
+
+    patterns = [pattern(skewness)] * 2 + [pattern(ratio)] * 2
+    return patterns, [seen, seen & clipped, seen & (b <= unit / 2)]
 
 
-def _pattern(x: Array, seen: Array) -> Array:
-    """Returns integers in the order of x >= 0; then come NaN and what is not seen."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    return jnp.where(seen, bits & _LAST, _LAST)  # without the sign that a NaN may have
-
-
-def _quantiles(patterns: list[tuple[Array, ...]], elements: Array) -> Array:
+def _quantiles(patterns: list[list[Array]], elements: Array) -> Array:
     """Returns, of all leaves and of each, of both patterns, the median and the tail.
 
-    A quantile is the smallest value with a share of q at or below it. Halving the range
-    of the bit patterns finds it, in 31 passes and without a sort.
+    A quantile is the smallest value with a share of q at or below it. Its bit pattern
+    is found bit by bit, in 31 passes and without a sort.
     """
-    shares = jnp.array([[_MEDIAN, _TAIL]], jnp.float32)
-    wanted = jnp.ceil(shares * elements[:, None])[:, None]
+    wanted = jnp.ceil(elements[:, None] * jnp.array(2 * _QUANTILES, jnp.float32))
 
-    def halve(_: Any, bounds: tuple[Array, Array]) -> Any:
-        low, high = bounds
-        middle = low + (high - low) // 2
+    def refine(i: Any, found: Array) -> Array:
+        bit = 1 << (30 - i)
+        middle = found + (bit - 1)
 
-        def below(i: int, leaf: tuple[Array, ...]) -> list[Array]:
-            """Returns a leaf's counts at or below the bounds of all, and its own."""
-            rows = (middle[0], middle[i])
-            pairs = [(x, row[j]) for row in rows for j, x in enumerate(leaf)]
-            return counts_of([x <= two[q] for x, two in pairs for q in range(2)])
+        def below(i: int, leaf: list[Array]) -> list[Array]:
+            """Returns what is at or below the bounds of all, and a leaf's own."""
+            rows = middle[0], middle[i]
+            return [x <= row[j] for row in rows for j, x in enumerate(leaf)]
 
-        found = [below(i, leaf) for i, leaf in enumerate(patterns, start=1)]
-        counts = as_table(found, 2, 2, 2)
-        overall = counts[:, 0].sum(0, keepdims=True)
-        counts = jnp.concatenate([overall, counts[:, 1]])
-        enough = counts >= wanted
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+        masks = [below(i, leaf) for i, leaf in enumerate(patterns, start=1)]
+        counts = counts_of(masks, 2, 4)
+        counts = jnp.concatenate([counts[:1, 0], counts[1:, 1]])
+        return jnp.where(counts < wanted, found + bit, found)
 
-    shape = (len(patterns) + 1, 2, 2)
-    bounds = jnp.zeros(shape, jnp.int32), jnp.full(shape, _LAST, jnp.int32)
-    bits = lax.fori_loop(0, 31, halve, bounds)[1]
-    found = lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(elements[:, None, None] > 0, found, jnp.nan)
+    found = lax.fori_loop(0, 31, refine, jnp.zeros_like(wanted, jnp.int32))
+    values = lax.bitcast_convert_type(found, jnp.float32)
+    return jnp.where(elements[:, None] > 0, values, jnp.nan)

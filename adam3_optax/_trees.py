@@ -9,8 +9,6 @@ import numpy as np
 import optax
 from jax.tree_util import PyTreeDef
 
-from adam3_optax import _boxes
-
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
@@ -33,42 +31,35 @@ def check_not_stacked(state: Any) -> None:
         )
 
 
-def check_boolean(path: tuple[Any, ...], x: Any) -> None:
-    """Raises if a leaf of a mask is no boolean, or has no value yet."""
-    dtype = getattr(x, "dtype", np.dtype(type(x)))
-    is_boolean = np.dtype(bool) == dtype and np.shape(x) == ()
-    if not is_boolean or isinstance(x, jax.core.Tracer):
-        raise TypeError(
-            f"mask{jax.tree_util.keystr(path)} must be a boolean that does not depend "
-            f"on traced values, got {x!r}"
-        )
-
-
 def choices(mask: Any, params: Any) -> list[bool]:
     """Returns a mask's boolean for each parameter; None chooses all.
 
-    Nothing but arrays is put into a tree like the parameters': there are classes that
-    check what they hold.
-
     Raises:
-        TypeError: A leaf of the mask is no boolean.
+        TypeError: A leaf of the mask is no boolean, or has no value yet.
         ValueError: The mask is no tree like the parameters, nor a prefix of it.
     """
-    treedef: PyTreeDef
-    paths, treedef = jax.tree.flatten_with_path(True if mask is None else mask)
-    for path, x in paths:
-        check_boolean(path, x)
-    try:
-        parts = treedef.flatten_up_to(params)
-    except ValueError as error:
-        raise ValueError(
-            f"mask must be a tree like params, or a prefix: {error}"
-        ) from error
-    return [
-        bool(choice)
-        for (_, choice), part in zip(paths, parts, strict=True)
-        for _ in jax.tree.leaves(part, is_leaf=_boxes.is_box)
-    ]
+    mask = True if mask is None else mask
+    for path, x in jax.tree.leaves_with_path(mask):
+        dtype = getattr(x, "dtype", np.dtype(type(x)))
+        is_boolean = np.dtype(bool) == dtype and np.shape(x) == ()
+        if not is_boolean or isinstance(x, jax.core.Tracer):
+            raise TypeError(
+                f"mask{jax.tree_util.keystr(path)} must be a boolean that does not "
+                f"depend on traced values, got {x!r}"
+            )
+    return [bool(x) for x in spread(mask, params, "mask")]
+
+
+def spread(prefix: Any, params: Any, name: str) -> list[Any]:
+    """Returns the leaf that a prefix of a tree has for each parameter.
+
+    A list, for nothing but arrays is put into a tree like the parameters': there are
+    classes that check what they hold.
+    """
+    leaves, treedef = jax.tree.flatten(prefix)
+    parts = leaves_like(treedef, params, name, "params, or a prefix of it")
+    pairs = zip(leaves, parts, strict=True)
+    return [x for x, part in pairs for _ in jax.tree.leaves(part)]
 
 
 def leaves_like(treedef: PyTreeDef, tree: Any, name: str, model: str) -> list[Any]:
@@ -84,22 +75,19 @@ def find(state: optax.OptState, kind: type) -> list[tuple[str, Any, Mapping[str,
 
     Each comes with its path and the hyperparameters that are injected around it.
     """
-    found = list(_walk("", state, {}, kind))
+
+    def walk(path: str, state: Any, known: Mapping[str, Any]) -> Iterator[Any]:
+        for keys, node in jax.tree.leaves_with_path(
+            state, is_leaf=lambda x: isinstance(x, (kind, *_INJECTED))
+        ):
+            where = path + jax.tree_util.keystr(keys)
+            if isinstance(node, kind):
+                yield where, node, known
+            elif isinstance(node, _INJECTED):
+                inner = {**known, **node.hyperparams}
+                yield from walk(f"{where}.inner_state", node.inner_state, inner)
+
+    found = list(walk("", state, {}))
     if not found:
         raise ValueError(f"there is no {kind.__name__} in the optimizer's state")
     return found
-
-
-def _walk(
-    path: str, state: Any, known: Mapping[str, Any], kind: type
-) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    def is_node(x: object) -> bool:
-        return isinstance(x, (kind, *_INJECTED))
-
-    for keys, node in jax.tree.leaves_with_path(state, is_leaf=is_node):
-        where = path + jax.tree_util.keystr(keys)
-        if isinstance(node, kind):
-            yield where, node, known
-        elif isinstance(node, _INJECTED):
-            inner = {**known, **node.hyperparams}
-            yield from _walk(f"{where}.inner_state", node.inner_state, inner, kind)

@@ -228,13 +228,15 @@ def facts() -> dict[str, Any]:
 class Record:
     """A file of JSON lines, to which lines are added and from which none are taken."""
 
-    def __init__(self, folder: Path, known: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, known: dict[str, Any], name: str = "results.jsonl"
+    ) -> None:
         """Opens it and writes the line of this run.
 
         Raises:
             ValueError: There are runs of another device or of other versions in it.
         """
-        self.path = folder / "results.jsonl"
+        self.path = folder / name
         self.run = datetime.now(UTC).isoformat(timespec="milliseconds")
         for run in read(self.path):
             for name in SAME:

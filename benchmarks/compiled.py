@@ -6,10 +6,15 @@ how much temporary memory it needs. Nothing is timed but the compilers. Results 
 added to results.jsonl.
 
     python benchmarks/compiled.py --devices v5e --trees one --only float8
+
+With --compile-time it takes the time of the compilers alone: the tree of GPT-2 small,
+in a process for each optimizer and round.
 """
 
 import argparse
 import functools
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +40,8 @@ SPLITS = {
     "columns": PartitionSpec(None, ("x", "y")),
     "both": PartitionSpec("x", "y"),
 }
+ROUNDS = 5  # of compile times
+Say = Callable[[str], None]
 AXES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 
 
@@ -53,7 +60,7 @@ def optimizers(device: str = compiled_devices.H100) -> dict[str, Callable[[], An
         flashoptim_jax.flash_adam, common.RATE, master_weight_bits=None
     )
     made["flashoptim, int8"] = functools.partial(peer, fused=False)
-    if device == compiled_devices.H100:  # its kernel is written for GPUs
+    if device in compiled_devices.GPUS:  # its kernel is written for them
         made["flashoptim, int8, own kernel"] = functools.partial(peer, fused=True)
     return made
 
@@ -61,7 +68,8 @@ def optimizers(device: str = compiled_devices.H100) -> dict[str, Callable[[], An
 def wrapped() -> dict[str, Callable[[], Any]]:
     """Returns functions that make ours, wrapped in `bfloat16_parameters`."""
     every = optimizers()
-    inners = [x for x in every if x.startswith(("adam3 None", "adam3 cubic"))]
+    states = ("float32", "bfloat16", "float8")
+    inners = [f"adam3 {form}, {x}" for form in (None, "cubic") for x in states]
 
     def make(inner: str, remainder: Any) -> Any:
         return adam3_optax.bfloat16_parameters(every[inner](), remainder)
@@ -88,18 +96,16 @@ def trees(dtype: str) -> dict[str, Callable[[], Any]]:
         embeddings = {"tokens": of(50257, width), "positions": of(1024, width)}
         return {**embeddings, "blocks": blocks, "norm": norm}
 
-    return {
-        "one": lambda: of(16384, 16384),
-        "gpt2": gpt2,
-        "small": lambda: [of(32, 32)] * 300,
-    }
+    return {"one": lambda: of(16384, 16384), "gpt2": gpt2}
 
 
-def compiled(optimizer: Any, params: Any, shardings: Any) -> tuple[Any, int]:
+def compiled(
+    optimizer: Any, params: Any, shardings: Any, options: Any = None
+) -> tuple[Any, int]:
     """Returns a compiled step that overwrites parameters and state.
 
     Also the bytes that it must move: gradient, parameter and state read, the latter two
-    written.
+    written. `options` are the compiler's.
     """
     if hasattr(optimizer, "step"):  # flashoptim's interface
         step = jax.jit(optimizer.step, donate_argnums=(0, 1))
@@ -123,7 +129,7 @@ def compiled(optimizer: Any, params: Any, shardings: Any) -> tuple[Any, int]:
     # Not before: `state_shardings` runs `init`, and there is no device to run it on.
     with jax.sharding.use_abstract_mesh(shardings.mesh.abstract_mesh):
         lowered = step.lower(params, placed(state, where), params)
-    return lowered.compile(), floor
+    return lowered.compile(options), floor
 
 
 def measured(optimizer: Any, params: Any, shardings: Any) -> dict[str, Any]:
@@ -156,17 +162,25 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
         one = mesh_of(device, "2x2", 1)
         everywhere = NamedSharding(one, PartitionSpec())
         chosen = common.chosen(options, optimizers(device))
+        few = {arm: make for arm, make in chosen.items() if is_of_few(arm)}
         for dtype in options.dtypes:
             for name in options.trees:
                 params = trees(dtype)[name]()
                 # What a process does once is done before the first is timed.
                 measured(optax.adam(common.RATE), params, everywhere)
-                also = wrapped() if (dtype, name) == ("bfloat16", "one") else {}
-                for arm, make in (chosen | common.chosen(options, also)).items():
+                arms = chosen if (dtype, name) == ("float32", "one") else few
+                if (dtype, name) == ("bfloat16", "one"):
+                    arms = arms | common.chosen(options, wrapped())
+                for arm, make in arms.items():
                     cell = {"device": device, "dtype": dtype, "tree": name, "arm": arm}
                     yield cell, functools.partial(measured, make(), params, everywhere)
         if device == MESH and options.mesh:
-            yield from mesh_cells(chosen)
+            yield from mesh_cells(few)
+
+
+def is_of_few(arm: str) -> bool:
+    """Returns whether an optimizer is compiled for every tree, type and mesh."""
+    return arm == common.BASELINE or arm.startswith(("adam3 None", "adam3 cubic"))
 
 
 def mesh_cells(chosen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -176,12 +190,54 @@ def mesh_cells(chosen: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
         mesh = mesh_of(MESH, "4x4", 16, axis_type)
         for split, spec in SPLITS.items():
             for arm, make in chosen.items():
-                if arm.startswith("flashoptim"):  # its groups cross the shards
-                    continue
                 where = NamedSharding(mesh, spec)
                 cell = {"device": MESH, "dtype": "float32", "tree": "one", "arm": arm}
                 cell |= {"axes": axes, "split": split}
                 yield cell, functools.partial(measured, make(), params, where)
+
+
+def counts(options: argparse.Namespace, say: Say) -> Iterator[dict[str, Any]]:
+    """Yields a row of the record for all that is asked."""
+    for cell, measure in cells(options):
+        name = ", ".join(cell.values())
+        try:
+            result = measure()
+        except Exception as error:  # a compiler may refuse; others go on
+            why = (str(error) or repr(error)).splitlines()[0]
+            say(f"{name}: not compiled: {why}")
+            yield {"measure": "compiled", **cell, "error": why}
+            continue
+        say(
+            f"{name}: {result['hbm']:.1f} B of {result['floor']:.1f}, "
+            f"{result['kernels']} kernels, {result['temporary']:.2f} B temporary "
+            f"{result['collectives'] or ''}"
+        )
+        yield {"measure": "compiled", **cell, **result}
+
+
+def compile_times(options: argparse.Namespace, say: Say) -> Iterator[dict[str, Any]]:
+    """Yields the CPU seconds of each round; all optimizers take turns."""
+    for device in options.devices:
+        arms = filter(is_of_few, common.chosen(options, optimizers(device)))
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        for arm in [*seconds] * ROUNDS:
+            command = [sys.executable, __file__, "--child", device, arm]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            seconds[arm].append(float(done.stdout))
+        for arm, found in seconds.items():
+            say(f"{device}, {arm}: {statistics.median(found):.1f} CPU seconds")
+            yield {"measure": "compile", "device": device, "arm": arm, "seconds": found}
+
+
+def compile_seconds(device: str, arm: str) -> float:
+    """Returns the CPU seconds of tracing, lowering and compiling, in this process."""
+    compiled_devices.present()
+    jax.config.update("jax_platforms", "cpu")
+    where = NamedSharding(mesh_of(device, "2x2", 1), PartitionSpec())
+    # What a process does once is done before.
+    measured(optax.adam(common.RATE), trees("float32")["one"](), where)
+    params = trees("float32")["gpt2"]()
+    return measured(optimizers(device)[arm](), params, where)["compile_cpu_seconds"]
 
 
 def mesh_of(
@@ -200,11 +256,12 @@ def parsed(argv: list[str] | None) -> tuple[common.Parser, argparse.Namespace]:
     add = parser.add_argument
     folder = Path("benchmarks", "records", f"{datetime.now(UTC).date()}_compiled")
     add("--out", type=Path, default=folder, help=f"the record; default: {folder}")
-    add("--devices", nargs="+", help="some of v4, v5e, v5p, v6e and h100")
+    add("--devices", nargs="+", help="some of v4, v5e, v5p, v6e, h100 and a100")
     add("--trees", nargs="+", choices=[*trees("float32")], default=[*trees("float32")])
     add("--dtypes", nargs="+", choices=common.DTYPES, default=[*common.DTYPES])
     add("--only", default="", help="optimizers whose names contain this, and Adam")
     add("--no-mesh", dest="mesh", action="store_false", help="leave the meshes out")
+    add("--compile-time", action="store_true", help="take this alone")
     return parser, parser.parse_args(argv)
 
 
@@ -225,29 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no compiler for {', '.join(unknown)}; for {', '.join(present)}")
     try:
         record = common.Record(options.out, common.facts())
-        base: float | None = None
-        for cell, measure in cells(options):
-            name = ", ".join(cell.values())
-            base = None if cell["arm"] == common.BASELINE else base
-            try:
-                result = measure()
-            except Exception as error:  # a compiler may refuse; others go on
-                why = (str(error) or repr(error)).splitlines()[0]
-                say(f"{name}: not compiled: {why}")
-                record.append({"measure": "compiled", **cell, "error": why})
-                continue
-            if cell["arm"] == common.BASELINE:
-                base = result["compile_cpu_seconds"]
-            ratio = result["compile_cpu_seconds"] / base if base else None
-            record.append(
-                {"measure": "compiled", **cell, **result, "compile_ratio": ratio}
-            )
-            say(
-                f"{name}: {result['hbm']:.1f} B of {result['floor']:.1f}, "
-                f"{result['kernels']} kernels, {result['temporary']:.2f} B temporary, "
-                f"compiled in {ratio or float('nan'):.1f} of Adam's time "
-                f"{result['collectives'] or ''}"
-            )
+        for row in (compile_times if options.compile_time else counts)(options, say):
+            record.append(row)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -258,4 +294,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--child"]:
+        print(compile_seconds(*sys.argv[2:]))
+    else:
+        sys.exit(main())

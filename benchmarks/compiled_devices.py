@@ -13,22 +13,15 @@ from typing import Any
 from jax.experimental import topologies
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
-H100 = "h100"
+H100, A100 = "h100", "a100"  # the A100 has no instructions for float8
 
-# What XLA must know of an H100 with 80 GB to compile for it: facts of the device, and
-# the versions of its libraries. Source: openxla/xla,
-# xla/backends/gpu/target_config/specs/h100_sxm.txtpb, and CUDA 12.8.
-H100_CONFIGURATION = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-gpu_device_info {
+# What XLA must know of a GPU to compile for it: facts of the device, and the versions
+# of its libraries. Source: h100_sxm.txtpb and a100_sxm_80.txtpb in openxla/xla,
+# xla/backends/gpu/target_config/specs, and CUDA 12.8.
+GPUS = {
+    H100: """
   name: "NVIDIA H100 80GB HBM3"
-  device_vendor: "NVIDIA Corporation"
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  driver_version: "13.0.0"
-  runtime_version: "12.8.0"
-  compile_time_toolkit_version: "12.8.0"
   core_count: 132
   fpus_per_core: 128
   clock_rate_ghz: 1.98
@@ -36,8 +29,27 @@ gpu_device_info {
   device_memory_size: 84942979072
   l2_cache_size: 52428800
   shared_memory_per_core: 233472
-  shared_memory_per_block: 49152
   shared_memory_per_block_optin: 232448
+""",
+    A100: """
+  name: "NVIDIA A100-SXM4-80GB"
+  cuda_compute_capability { major: 8 feature_extension: NONE }
+  core_count: 108
+  fpus_per_core: 64
+  clock_rate_ghz: 1.41
+  memory_bandwidth: 2039040000000
+  device_memory_size: 85100068864
+  l2_cache_size: 41943040
+  shared_memory_per_core: 167936
+  shared_memory_per_block_optin: 166912
+""",
+}
+EVERY_GPU = """
+  device_vendor: "NVIDIA Corporation"
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  shared_memory_per_block: 49152
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   threads_per_core_limit: 2048
@@ -50,7 +62,6 @@ gpu_device_info {
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   device_address_bits: 64
-}
 """
 
 ENVIRONMENT = {
@@ -70,7 +81,7 @@ def present() -> tuple[str, ...]:
         os.environ.setdefault(name, value)
     tpus = TPUS if importlib.util.find_spec("libtpu") else ()
     has_cuda = importlib.util.find_spec("jax_cuda13_plugin")
-    return (*tpus, *((H100,) if has_cuda else ()))
+    return (*tpus, *(GPUS if has_cuda else ()))
 
 
 def devices(name: str, shape: str = "2x2") -> Any:
@@ -80,14 +91,19 @@ def devices(name: str, shape: str = "2x2") -> Any:
         name: One of `present()`.
         shape: Of a TPU's slice, such as "4x4".
     """
-    if name != H100:
+    if name not in GPUS:
         three = "x1" if name in ("v4", "v5p") else ""
         return topologies.get_topology_desc(
             platform="tpu", topology_name=f"{name}:{shape}{three}"
         ).devices
+    described = f"""
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+gpu_device_info {{{GPUS[name]}{EVERY_GPU}}}
+"""
     with _cuda_without_a_gpu():
         return topologies.get_topology_desc(
-            platform="cuda", target_config=H100_CONFIGURATION, topology="1x1x1"
+            platform="cuda", target_config=described, topology="1x1x1"
         ).devices
 
 

@@ -24,6 +24,13 @@ def read(folder: Path) -> Rows:
     }
 
 
+def every(folder: Path, file: str, measure: str) -> dict[tuple[str, str], Row]:
+    """Returns the last row of a measure, by device and optimizer."""
+    lines = (folder / file).read_text(encoding="utf-8").splitlines()
+    rows = (row for row in map(json.loads, lines) if row["measure"] == measure)
+    return {(row["device"], row["arm"]): row for row in rows}
+
+
 def arms(rows: Rows) -> list[str]:
     """Returns the optimizers in the order of the record, without wrapped ones."""
     names = dict.fromkeys(key[3] for key in rows if len(key) == 4)

@@ -9,7 +9,16 @@ import math
 import re
 from typing import NamedTuple
 
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+SIZES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+}
 SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "token": 0}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:{([^}]*)})?")
 # name = type operation(operands), ...

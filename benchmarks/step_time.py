@@ -44,7 +44,7 @@ COMPILED_ARMS = (
     BASELINE,
     "adam3 cubic, float32",
     "adam3 cubic, bfloat16 m, s",
-    "adam3 cubic, int8",
+    "adam3 cubic, float8",
     "adam3 stabilized, float32",
     "adam3 standardized, float32",
     "optax.flatten(adam3 cubic, float32)",

@@ -15,11 +15,11 @@ BATCH, CONTEXT = 16, 64  # windows in a batch; characters that the model sees
 SHORTEST = 10 * (CONTEXT + 1)  # its last tenth, held out, is one window to validate on
 STATES: dict[
     str, dict[str, str]
-] = {  # how m, v and s are stored: 12, 8, 6 or 3 bytes in all
+] = {  # how m, v and s are stored: 12, 8, 6 or 4 bytes in all
     "float32": {},
     "mixed": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
     "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),
-    "int8": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "int8"),
+    "float8": {"m_dtype": "float8", "v_dtype": "bfloat16", "s_dtype": "float8"},
 }
 
 

@@ -1,4 +1,4 @@
-"""AdaM3's state in 12, 8, 6 and 3 bytes a parameter: bytes and losses side by side.
+"""AdaM3's state in 12, 8, 6 and 4 bytes a parameter: bytes and losses side by side.
 
 A small network learns a function with each way to rest, from the same initialisation
 and on the same batches, in plain JAX.
@@ -17,7 +17,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all float32": {},
     "m, s bfloat16": {"m_dtype": "bfloat16", "s_dtype": "bfloat16"},
     "all bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),
-    "all int8": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "int8"),
+    "m, s float8": {"m_dtype": "float8", "v_dtype": "bfloat16", "s_dtype": "float8"},
 }
 
 

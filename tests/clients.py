@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from adam3_optax import adam3w, bfloat16_parameters
-from tests.settings import BF16, F32, all_at, normal
+from tests.settings import BF16, F32, STORAGE, normal
 
 RATE = 0.05
 
@@ -19,7 +19,7 @@ class Setting(NamedTuple):
     """An optimizer, the dtype of its parameters, and how near its updates come.
 
     The compiler may contract a product and a sum in one program and not in another,
-    and an ulp turn a rounding: of a code of int8, or of a parameter in bfloat16.
+    and an ulp turn a rounding: of a moment in float8, or of a parameter in bfloat16.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
 
 
 FLOAT32 = Setting("float32", F32, lambda: adam3w(RATE), 1e-6 * RATE)
-INT8 = Setting("int8", F32, lambda: adam3w(RATE, **all_at("int8")), 0.1 * RATE)
+FLOAT8 = Setting("float8", F32, lambda: adam3w(RATE, **STORAGE["float8"]), 0.1 * RATE)
 BFLOAT16 = Setting("bfloat16", BF16, lambda: bfloat16_parameters(adam3w(RATE)), 2.0**-7)
 
 
@@ -38,8 +38,8 @@ def each(*settings: Setting) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("setting", settings, ids=lambda x: x.name)
 
 
-EACH_SETTING = each(FLOAT32, INT8, BFLOAT16)
-IN_FLOAT32 = each(FLOAT32, INT8)
+EACH_SETTING = each(FLOAT32, FLOAT8, BFLOAT16)
+IN_FLOAT32 = each(FLOAT32, FLOAT8)
 
 
 class DiaryState(NamedTuple):

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 
 # `make test-gpu` sets this to "cuda" or "rocm". What has no place of its own then lies
 # on the GPU; a mesh is still made of the CPU's eight devices, for they are the default.
@@ -25,10 +25,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 settings.register_profile("adam3", deadline=None, max_examples=30, derandomize=True)
-# A mutant needs no simplest example.
-settings.register_profile(
-    "mutants", settings.get_profile("adam3"), phases=[Phase.explicit, Phase.generate]
-)
 settings.load_profile("adam3")
 
 

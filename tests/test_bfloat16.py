@@ -23,9 +23,9 @@ from adam3_optax import (
     to_bfloat16_parameters,
     to_float32_parameters,
 )
-from adam3_optax._halves import join
-from adam3_optax._halves import split as split_halves
-from tests.settings import all_at, assert_same, mesh_of
+from adam3_optax._remainder import join
+from adam3_optax._remainder import split as split_halves
+from tests.settings import STORAGE, assert_same, mesh_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -190,7 +190,7 @@ INNERS: dict[str, Any] = {
     "adamw, fast": optax.adamw(1e-2),
     "adamw, slow": optax.adamw(1e-4),
     "adam3w": adam3w(1e-3),
-    "adam3w, int8": adam3w(1e-3, **all_at("int8")),
+    "adam3w, float8": adam3w(1e-3, **STORAGE["float8"]),
     "without third moment": adam3w(1e-3, third_moment=None),
     "lion": optax.lion(1e-4),
     "adafactor": optax.adafactor(1e-3),
@@ -705,7 +705,7 @@ def test_with_boxes_of_metadata_on_a_mesh(remainder: Any) -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "x"))
     module = nn.Dense(32, kernel_init=init, param_dtype=BF16)
-    optimizer = bfloat16_parameters(adam3w(1e-3, **all_at("int8")), remainder)
+    optimizer = bfloat16_parameters(adam3w(1e-3, **STORAGE["float8"]), remainder)
 
     def start() -> Any:
         params = module.init(jax.random.key(0), jnp.ones((1, 16)))

@@ -21,19 +21,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adam3_optax import adam3w, state_shardings
+from tests.settings import each_storage
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 checkpoints: Any = import_module("checkpoints")
 
 SETTINGS: dict[str, Any] = {"third_moment": "cubic", "b": (0.9, 0.99), "tau": 1.0}
-STATES = (
-    {},
-    *(
-        dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), x)
-        for x in ("bfloat16", "int8")
-    ),
-)
 PARAMS = {"w": (16, 32), "odd": (3, 5)}
 
 
@@ -111,9 +105,9 @@ def open_and_close(folder: Path, template: Any, settings: Any = SETTINGS) -> Non
         pass
 
 
-@pytest.mark.parametrize("state", STATES, ids=("float32", "bfloat16", "int8"))
-def test_restores_onto_fewer_devices(state: Any, tmp_path: Path) -> None:
-    optimizer = adam3w(third_moment="standardized", **state)
+@each_storage("default", "bfloat16", "smallest")
+def test_restores_onto_fewer_devices(storage: Any, tmp_path: Path) -> None:
+    optimizer = adam3w(third_moment="cubic", **storage)
     tree = filled(template_of(optimizer))
     with checkpoints.Checkpoints(tmp_path, template_of(optimizer), SETTINGS) as run:
         assert run.step is None

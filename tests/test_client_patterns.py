@@ -22,16 +22,16 @@ from jax.sharding import PartitionSpec as P
 
 import adam3_optax
 from adam3_optax import adam3w, state_shardings
-from tests.clients import BFLOAT16, FLOAT32, INT8, RATE, Setting, X, Y
-from tests.settings import F32, moments
+from tests.clients import BFLOAT16, FLOAT8, FLOAT32, RATE, Setting, X, Y
+from tests.settings import F32, STORAGE, moments
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 nn: Any = import_module("flax.linen")  # not all of it is typed as exported
-# int8 is what once failed. The others are slow; `make test-clients` runs them.
-INT8_QUICKLY = pytest.mark.parametrize(
+# The others are slow; `make test-clients` runs them.
+FLOAT8_QUICKLY = pytest.mark.parametrize(
     "setting",
     [
-        INT8,
+        FLOAT8,
         pytest.param(FLOAT32, marks=pytest.mark.slow),
         pytest.param(BFLOAT16, marks=pytest.mark.slow),
     ],
@@ -82,7 +82,7 @@ def split_over_data(shape: Any, where: NamedSharding) -> NamedSharding:
 
 
 @pytest.mark.parametrize("zero_1", [False, True])
-@INT8_QUICKLY
+@FLOAT8_QUICKLY
 def test_maxtext_state(setting: Setting, zero_1: bool) -> None:
     model, mesh = Boxed(setting.dtype), mesh_of("data", "fsdp", "tensor")
     mask = functools.partial(
@@ -176,8 +176,7 @@ def fully_sharded(mesh: Any, x: Any) -> NamedSharding:
 def test_big_vision(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The line: big_vision looks for its optimizers below optax.
     monkeypatch.setattr(optax, "adam3", adam3_optax, raising=False)
-    names = ("m_dtype", "v_dtype", "s_dtype")
-    settings = dict.fromkeys(names, "int8") if narrow else {}
+    settings = STORAGE["float8"] if narrow else {}
     model, mesh = Boxed(), mesh_of("data")
 
     def init(key: Any) -> Any:
@@ -226,7 +225,7 @@ def test_big_vision(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 # PureJaxRL: training is one program of nested scans, and seeds are a vmap around it.
 
 
-@INT8_QUICKLY
+@FLOAT8_QUICKLY
 def test_purejaxrl(setting: Setting) -> None:
     inner = setting.optimizer() if setting.name != "float32" else None
 

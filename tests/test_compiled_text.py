@@ -47,6 +47,7 @@ CALL = 2 * 4096  # bytes of `inner`: read and written
         # An operand that is used twice is read once.
         ("%x = bf16[8,128]{1,0} fusion(%b, %b), kind=kLoop, calls=%f", 3 * 1024, 1),
         ("%x = (s8[8,128]{1,0}, u8[8,128]{1,0}) fusion(%b), calls=%f", 3 * 1024, 1),
+        ("%x = f8e4m3fn[8,128]{1,0} fusion(%b), calls=%f", 2 * 1024, 1),
         # In a TPU's vector memory; in whole tiles; a column that lies as a row.
         ("%x = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), calls=%f", 4 * 1024, 1),
         ("%x = f32[9,1]{1,0:T(8,128)} fusion(%b), calls=%f", 1024 + 4 * 16 * 128, 1),
@@ -106,7 +107,7 @@ def test_a_collective_moves_the_same_if_it_is_waited_for(sync: str, start: str) 
     ("body", "message"),
     [
         ("%x = f32[8,128] while(%a), condition=%c, body=%d", "^while: its bytes are"),
-        ("%x = f8e4m3fn[8,128] fusion(%a), calls=%f", "^f8e4m3fn: its size is not"),
+        ("%x = f8e5m2[8,128] fusion(%a), calls=%f", "^f8e5m2: its size is not known"),
     ],
 )
 def test_what_is_unknown_is_refused(body: str, message: str) -> None:

@@ -12,28 +12,27 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from adam3_optax import ThirdMomentReport, adam3, adam3w, third_moment_report
-from adam3_optax._storage import Int8
-from adam3_optax._transform import ScaleByAdam3State
+from adam3_optax import (
+    ScaleByAdam3State,
+    ThirdMomentReport,
+    adam3,
+    adam3w,
+    third_moment_report,
+)
 from tests import reference
-from tests.settings import EACH_FORM, FORMS, all_at, mesh_of, on
+from tests.settings import EACH_FORM, FORMS, STORAGE, UNBOUNDED, mesh_of, on
 
 RULE: dict[str, Any] = {"b1": 0.9, "b2": 0.99, "b3": 0.98, "lam": 0.02, "tau": 0.3}
 CUBIC: dict[str, Any] = {**RULE, "third_moment": "cubic"}
-RESTS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "mixed": {"m_dtype": "bfloat16", "s_dtype": "int8"},
-    "bfloat16": all_at("bfloat16"),
-    "int8": all_at("int8"),
-}
+SIZES = {"default": 12, "mixed": 7, "bfloat16": 6, "float8": 4, "smallest": 3}
 NAMES = [
     "skewness", "skewness_tail", "ratio", "ratio_tail", "clipped", "without_effect",
     "elements", "state_bytes",
 ]  # fmt: skip
 # The relative error of float32, 2⁻²⁴ being half a unit in the last place: v̂ is within
 # 7 of them (a correction of 6, a product), so that 1/σ³ is within 3·(7/2 + 2) = 17;
-# ŝ adds 7, a root and products 6, lam and the quotient by m̂ (7) 10 more, int8's powers
-# of codes times a scale 6. Quantiles are off by at most what their elements are.
+# ŝ adds 7, a root and products 6, lam and the quotient by m̂ (7) 10 more, and sigma³ as
+# the unit of a float8 6. Quantiles are off by at most what their elements are.
 BOUND = 50 * 2.0**-24
 
 
@@ -61,16 +60,25 @@ def run(optimizer: Any, grads: list[Any], params: Any = None) -> Any:
     return state
 
 
-def loaded(field: Any, power: int) -> list[np.ndarray[Any, Any]]:
-    """Returns the leaves of a moment in float64, however it rests."""
-    if not isinstance(field, Int8):
-        return [np.asarray(x, np.float64) for x in jax.tree.leaves(field)]
-    return [
-        np.asarray(code, np.float64)
-        if code.dtype == jnp.float32
-        else (np.asarray(code, np.float64) * np.asarray(scale, np.float64)) ** power
-        for code, scale in zip(*map(jax.tree.leaves, field), strict=True)
-    ]
+def loaded(state: Any, form: Any) -> list[tuple[np.ndarray[Any, Any], ...]]:
+    """Returns the moments of each leaf in float64, however they are stored."""
+
+    def wide(field: Any) -> list[np.ndarray[Any, Any]]:
+        return [np.asarray(x).astype(np.float64) for x in jax.tree.leaves(field)]
+
+    found = []
+    leaves = zip(*map(wide, state.moments), jax.tree.leaves(state.v), strict=True)
+    for m, v, s, stored in leaves:
+        if stored.dtype == jnp.uint8:  # 7 bits of exponent, 1 of mantissa
+            exponent, half = np.divmod(v - 1, 2)
+            v = np.where(v == 0, 0, 2.0 ** (exponent - 72) * (1 + half / 2))
+        sigma = np.sqrt(np.maximum(v, 2.0**-120))
+        if jax.tree.leaves(state.m)[0].dtype == jnp.float8_e4m3fn:
+            m = m * sigma / 4
+        if jax.tree.leaves(state.s)[0].dtype == jnp.float8_e4m3fn:
+            s = s * sigma ** reference.FORMS[form].exponent
+        found.append((m, v, s))
+    return found
 
 
 def check(
@@ -112,29 +120,26 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("form", "rest"),
+    ("form", "name"),
     [
-        *((form, "mixed") for form in FORMS),
-        *((FORMS[-1], rest) for rest in ("float32", "bfloat16", "int8")),
+        *((form, "float8") for form in FORMS),
+        *((FORMS[-1], name) for name in ("default", "bfloat16", "mixed")),
+        *((form, "smallest") for form in UNBOUNDED),
     ],
 )
-def test_statistics_are_those_of_the_definitions(form: Any, rest: str) -> None:
+def test_statistics_are_those_of_the_definitions(form: Any, name: str) -> None:
     h = {**RULE, "third_moment": form}
     scale = 0.3 if form == "cubic" else 1.0
-    state = run(adam3(1e-3, **h, **RESTS[rest]), gradients(scale))
+    state = run(adam3(1e-3, **h, **STORAGE[name]), gradients(scale))
     eager = third_moment_report(state, **h)
     jitted = jax.jit(lambda state: third_moment_report(state, **h))(state)
-    adam = state[0]
-    moments = list(zip(*map(loaded, adam[:3], (1, 2, 3)), strict=True))
+    moments = loaded(state[0], form)
     assert eager.names == ("['v']", "['w']")
-    w = {"float32": 12, "mixed": 7, "bfloat16": 6, "int8": 3}[rest] * 1200
-    w += {"float32": 0, "mixed": 1, "bfloat16": 0, "int8": 3}[rest] * 4 * 30
-    v = {"float32": 12, "mixed": 10, "bfloat16": 6, "int8": 12}[rest] * 9
-    v += {"float32": 0, "mixed": 1, "bfloat16": 0, "int8": 3}[rest] * 4
+    sizes = 9 * SIZES[name], 1200 * SIZES[name]
     for report in (eager, jitted):
-        check(report.overall, moments, 12, h, v + w)
-        for name, moment, size in zip(report.names, moments, (v, w), strict=True):
-            check(report.leaves[name], [moment], 12, h, size)
+        check(report.overall, moments, 12, h, sum(sizes))
+        for leaf, moment, size in zip(report.names, moments, sizes, strict=True):
+            check(report.leaves[leaf], [moment], 12, h, size)
         assert float(report.lam) == pytest.approx(0.02)
     # So that the test is of something.
     assert 0.005 < float(eager.overall.clipped) < 0.9
@@ -145,7 +150,7 @@ def test_statistics_are_those_of_the_definitions(form: Any, rest: str) -> None:
 def test_small_gradients_have_no_effect_in_the_cubic_form(scale: float) -> None:
     state = run(adam3(1e-3, **CUBIC), gradients(scale))
     report = third_moment_report(state, **CUBIC)
-    moments = list(zip(*map(loaded, state[0][:3], (1, 2, 3)), strict=True))
+    moments = loaded(state[0], "cubic")
     check(report.overall, moments, 12, CUBIC, 12 * 1209)
     assert 0.5 < float(report.overall.without_effect) < 1
     with_term, without = (
@@ -392,7 +397,7 @@ def test_in_double_precision(x64: None) -> None:
 def test_sharded_leaves_stay(kind: Any, spec: Any) -> None:
     mesh = mesh_of(kind)
     grads = [{"w": g["w"][:16]} for g in gradients(1.0, 3)]
-    state = run(adam3(1e-3, **CUBIC, **RESTS["bfloat16"]), grads)
+    state = run(adam3(1e-3, **CUBIC, **STORAGE["float8"]), grads)
     where, whole = on(mesh, spec), on(mesh, P())
     split = jax.tree.map(
         lambda x: jax.device_put(x, where if x.ndim == 2 else whole), state

@@ -34,12 +34,12 @@ def assert_portable(exported: export.Exported) -> None:
     assert not exported.unordered_effects
     assert not exported.disabled_safety_checks
     dtypes = {str(x.dtype) for x in (*exported.in_avals, *exported.out_avals)}
-    assert dtypes <= {"float32", "bfloat16", "int8", "uint8", "int32"}
+    assert dtypes <= {"float32", "bfloat16", "float8_e4m3fn", "uint8", "int32"}
 
 
 @pytest.mark.parametrize(
     ("form", "name"),
-    [*((form, "default") for form in FORMS), (FORMS[0], "mixed"), (None, "adam")],
+    [*((form, "default") for form in FORMS), (FORMS[0], "smallest"), (None, "adam")],
 )
 def test_training_lowers_for_every_platform(form: Any, name: str) -> None:
     optimizer = make(STORAGE[name], form)
@@ -63,7 +63,7 @@ def test_training_lowers_for_every_platform(form: Any, name: str) -> None:
     assert_same(got, want)
 
 
-@each_storage("int8")
+@each_storage("float8")
 def test_sharded_training_lowers_for_every_platform(storage: Any) -> None:
     optimizer, mesh = make(storage), mesh_of(AxisType.Auto)
     where = on(mesh, BOTH)

@@ -27,6 +27,7 @@ from tests.settings import (
     GRADIENTS,
     PARAMS,
     SAFE,
+    STORAGE,
     UNBOUNDED,
     assert_close,
     assert_finite,
@@ -277,6 +278,33 @@ def test_optax_schedules_fit_everywhere(standard_promotion: None) -> None:
     ):
         everywhere = dict.fromkeys(("lam", "tau", "weight_decay"), schedule)
         assert_finite(train(adam3w(schedule, **everywhere), A, [A] * 4)[0])
+
+
+@EACH_FORM
+def test_decays_that_change_leave_a_float8_state_right(form: Any) -> None:
+    # Its unit is sqrt(v) without bias correction. With it, m would grow sevenfold here
+    # when b2 falls.
+    def falling(first: float, then: float) -> Any:
+        return lambda count: jnp.where(count < 30, F32(first), F32(then))
+
+    b1, b2 = falling(0.95, 0.8), falling(0.999, 0.95)
+    rng = np.random.default_rng(0)
+    gradients = jnp.asarray(rng.exponential(size=(60, 4096)) - 0.5, F32)
+
+    def along(storage: Any) -> jax.Array:
+        made = optax.inject_hyperparams(scale_by_adam3)
+        optimizer = made(b1=b1, b2=b2, third_moment=form, **storage)
+        start = optimizer.init(gradients[0])
+        found: jax.Array = jax.lax.scan(
+            lambda state, g: optimizer.update(g, state)[::-1], start, gradients
+        )[1]
+        return found
+
+    want, got = along(STORAGE["default"]), along(STORAGE["float8"])
+    assert jnp.abs(got).max() < 1.2 * jnp.abs(want).max()
+    error = jnp.sum((got - want) ** 2, 1) / jnp.sum(want**2, 1)
+    assert jnp.max(error) < 0.15**2
+    assert float(jnp.sum(got * want) / jnp.sum(want**2)) == pytest.approx(1, abs=2e-3)
 
 
 def test_injected_into_bfloat16() -> None:

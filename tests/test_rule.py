@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adam3_optax import ScaleByAdam3State, scale_by_adam3
-from adam3_optax._rule import (
-    Hyperparameters,
-    Moments,
-    coefficients,
-    standard_deviation,
-)
+from adam3_optax._rule import Hyperparameters, coefficients, standard_deviation
 from tests import reference
 from tests.reference import Setting
 from tests.settings import BOUNDED, EACH_FORM, FORMS, UNBOUNDED
@@ -199,10 +194,10 @@ def test_derivatives_by_a_decay_of_zero(form: Any) -> None:
 def test_bias_corrections_keep_their_digits(b: float) -> None:
     # 3 ulp, the bound that `reference.float32_bounds` builds on; the subtraction
     # 1 - b**t is off by thousands at b = .99999.
-    h = Hyperparameters(Moments(b, b, b), 0.0, 1.0, 0.0, 0.0)
+    h = Hyperparameters(b, b, b, 0.0, 1.0, 0.0, 0.0)
     ts = np.unique(np.concatenate([np.arange(1, 50), np.geomspace(50, 2**31 - 1, 200)]))
     ts = ts.astype(np.int32)
-    got = jax.vmap(lambda t: coefficients(h, t, jnp.float32).c.m)(jnp.asarray(ts))
+    got = jax.vmap(lambda t: coefficients(h, t, jnp.float32).c1)(jnp.asarray(ts))
     exact = -np.expm1(ts * np.log1p(-(1 - b))) if b else np.ones(len(ts))
     assert np.max(np.abs(got * exact - 1)) <= 3 * ULP
 
@@ -394,11 +389,12 @@ def test_where_a_skewness_begins() -> None:
     # Above 2²⁴ times the smallest normal number, and not at it.
     edge = np.float32(2.0**24) * np.finfo(np.float32).tiny
     v = np.stack([0 * edge, edge / 2, edge, np.nextafter(edge, np.float32(1))])
-    h = Hyperparameters(Moments(0.0, 0.0, 0.0), 0.1, 1.0, 0.0, 0.0)
+    h = Hyperparameters(0.0, 0.0, 0.0, 0.1, 1.0, 0.0, 0.0)
     k = coefficients(h, jnp.int32(1), jnp.float32)
-    sigma, seen = standard_deviation(jnp.asarray(v), k)
+    sigma, inverse, seen = standard_deviation(jnp.asarray(v), None, k)
     assert seen.tolist() == [False, False, False, True]
     np.testing.assert_allclose(sigma, [1.0, 1.0, 1.0, float(edge) ** 0.5], rtol=1e-6)
+    np.testing.assert_allclose(sigma * inverse, 1.0, rtol=1e-6)
 
 
 @EACH_FORM

@@ -40,8 +40,8 @@ WITHOUT_S: dict[str, Any] = {
     "default": {},
     "float32": {"m_dtype": "float32", "v_dtype": "float32"},
     "bfloat16": {"m_dtype": "bfloat16", "v_dtype": "bfloat16"},
-    "int8": {"m_dtype": "int8", "v_dtype": "int8"},
-    "mixed": {"m_dtype": "int8", "v_dtype": "bfloat16"},
+    "float8": {"m_dtype": "float8", "v_dtype": "bfloat16"},
+    "smallest": {"m_dtype": "float8", "v_dtype": "float8"},
 }
 # Each form once, and each storage once.
 PAIRS = [*((form, {}) for form in FORMS), *((FORMS[0], x) for x in WITHOUT_S.values())]
@@ -82,31 +82,13 @@ def test_s_is_one_node_without_children() -> None:
         assert_same(mapped, state)
 
 
-@pytest.mark.parametrize(
-    ("storage", "expected"),
-    [(WITHOUT_S["default"], 8.0), (WITHOUT_S["bfloat16"], 4.0)],
-    ids=["float32", "bfloat16"],
-)
-def test_bytes_of_state(storage: Any, expected: float) -> None:
-    assert bytes_a_parameter(storage, {"w": (64, 64)}) == expected
-
-
-def test_bytes_of_int8_state_of_gpt2_small() -> None:
-    shapes: dict[str, Any] = {"wte": (50257, 768), "wpe": (1024, 768), "ln_f": (2, 768)}
-    for i in range(12):
-        layer: Any = {"qkv": (768, 2304), "out": (768, 768), "up": (768, 3072)}
-        layer |= {"down": (3072, 768), "b_qkv": (2304,), "b_out": (768,)}
-        layer |= {"b_up": (3072,), "b_down": (768,), "ln": (4 * 768,)}
-        shapes |= {f"{i}.{name}": shape for name, shape in layer.items()}
-    assert round(bytes_a_parameter(WITHOUT_S["int8"], shapes), 2) == 2.01
-
-
-def bytes_a_parameter(storage: Any, shapes: dict[str, tuple[int, ...]]) -> float:
-    params = {k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in shapes.items()}
-    state = jax.eval_shape(WITHOUT(**storage).init, params)
-    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves((state.m, state.v))]
-    assert jax.tree.leaves(state.s) == []
-    return sum(sizes) / sum(x.size for x in params.values())
+def test_bytes_of_state() -> None:
+    # Exactly, in leaves of every shape.
+    params = {"w": jnp.ones((7, 33)), "b": jnp.ones(5), "c": jnp.ones(())}
+    for name, size in (("default", 8), ("bfloat16", 4), ("float8", 3), ("smallest", 2)):
+        state = WITHOUT(**WITHOUT_S[name]).init(params)
+        held = sum(x.nbytes for x in jax.tree.leaves(state))
+        assert held == size * (7 * 33 + 5 + 1) + 4  # 4: the count
 
 
 @pytest.mark.parametrize("factory", [scale_by_adam3, adam3, adam3w])
@@ -210,7 +192,7 @@ def test_transformations_of_steps() -> None:
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh(kind: AxisType) -> None:
-    optimizer = WITHOUT(**WITHOUT_S["int8"])
+    optimizer = WITHOUT(**WITHOUT_S["smallest"])
     shardings = on(mesh_of(kind), {"w": P("data"), "b": P()})
     params = jax.device_put(PARAMS, shardings)
     where = state_shardings(optimizer, params, shardings)

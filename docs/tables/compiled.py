@@ -1,15 +1,18 @@
-"""The tables of docs/speed.md and low_precision.md, from a record of compiled.py."""
+"""The tables of docs/speed.md and low_precision.md, from a record of compiled.py.
 
+Instructions are from that of instructions.py beside it.
+"""
+
+import statistics
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.compiled_record import DEVICES, Row, Rows, arms, read
+from benchmarks.compiled_record import DEVICES, Row, Rows, arms, every, read
 from studies.study.markdown import table
 
 TREES = {
     "one": "one matrix of 16,384²",
     "gpt2": "GPT-2 small, 148 leaves",
-    "small": "300 leaves of 1,024",
 }
 MESH_ARMS = (
     common.BASELINE,
@@ -23,10 +26,11 @@ def shown(row: Row | None, field: str, digits: int = 1) -> str:
     return "-" if found is None else f"{found:.{digits}f}"
 
 
-def one_matrix(rows: Rows) -> str:
-    """Returns the bytes of a step on one matrix."""
+def one_matrix(rows: Rows, counted: dict[tuple[str, str], Row]) -> str:
+    """Returns the bytes and the instructions of a step on one matrix."""
     head = ["optimizer and state", *(f"{x}: bytes" for x in DEVICES.values())]
     head += ["least possible, without padding", "against `optax.adam`", "temporary"]
+    head += ["H100: instructions", "A100: instructions"]
     lines = []
     for arm in arms(rows):
         cells, ratios, temporary, floor = [], set(), set(), "-"
@@ -38,20 +42,16 @@ def one_matrix(rows: Rows) -> str:
                 ratios.add(f"{row['hbm'] / base['hbm']:.2f}")
                 temporary.add(shown(row, "temporary"))
                 floor = shown(row, "floor")
-        ends = "; ".join(sorted(ratios)), "; ".join(sorted(temporary))
+        ends = ["; ".join(sorted(ratios)), "; ".join(sorted(temporary))]
+        ends += [shown(counted.get((x, arm)), "instructions") for x in ("h100", "a100")]
         lines.append([arm, *cells, floor, *ends])
     return table(head, lines)
 
 
 def trees(rows: Rows) -> str:
-    """Returns bytes, kernels and compile times on trees of many leaves."""
+    """Returns bytes and kernels on a tree of many leaves, or of bfloat16 parameters."""
     head = ["device, parameters, tree", "optimizer and state", "bytes"]
-    head += [
-        "least possible, without padding",
-        "kernels",
-        "temporary",
-        "compiling, against Adam's",
-    ]
+    head += ["least possible, without padding", "kernels", "temporary"]
     lines = []
     for device, title in DEVICES.items():
         for dtype in common.DTYPES:
@@ -69,9 +69,21 @@ def trees(rows: Rows) -> str:
                             shown(row, "floor"),
                             shown(row, "kernels", 0),
                             shown(row, "temporary"),
-                            shown(row, "compile_ratio"),
                         ]
                     )
+    return table(head, lines)
+
+
+def compile_times(times: dict[tuple[str, str], Row]) -> str:
+    """Returns the CPU seconds of the compilers, on the tree of GPT-2 small."""
+    head = ["compiling for", "optimizer and state", "CPU seconds", "against Adam's"]
+    lines = []
+    for (device, arm), row in times.items():
+        middle = statistics.median(row["seconds"])
+        base = statistics.median(times[device, common.BASELINE]["seconds"])
+        low, high = min(row["seconds"]), max(row["seconds"])
+        text = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+        lines.append([DEVICES[device], arm, text, f"{middle / base:.1f}"])
     return table(head, lines)
 
 
@@ -119,4 +131,7 @@ def sent(row: Row) -> str:
 def tables(folder: Path) -> list[str]:
     """Returns the tables in Markdown."""
     rows = read(folder)
-    return [one_matrix(rows), trees(rows), meshes(rows), wrapped(rows)]
+    counted = every(folder, "instructions.jsonl", "instructions")
+    times = every(folder, "results.jsonl", "compile")
+    made = [one_matrix(rows, counted), trees(rows), compile_times(times)]
+    return [*made, meshes(rows), wrapped(rows)]

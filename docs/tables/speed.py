@@ -6,16 +6,9 @@ from pathlib import Path
 from benchmarks import common
 from studies.study.markdown import table
 
-ARMS = (
-    "optax.adamw",
-    "optax.contrib.ademamix",
-    *(
-        f"adam3 {form}, {state}"
-        for form in common.FORMS
-        for state in ("float32", "bfloat16 m, s", "bfloat16", "int8")
-    ),
-    "optax.flatten(adam3 cubic, float32)",
-)
+OPTAX = ("optax.adamw", "optax.contrib.ademamix")
+OURS = tuple(x for x in common.optimizers() if x.startswith("adam3"))
+ARMS = (*OPTAX, *OURS, "optax.flatten(adam3 cubic, float32)")
 
 
 def tables(folder: Path) -> list[str]:
@@ -31,5 +24,6 @@ def tables(folder: Path) -> list[str]:
     rows = []
     for arm in ARMS:
         ratios = [found.get((tree, arm)) for tree in labels]
-        rows.append([arm, *("" if x is None else f"{x:.2f}" for x in ratios)])
+        if any(ratios):
+            rows.append([arm, *("" if x is None else f"{x:.2f}" for x in ratios)])
     return [table(head, rows)]
