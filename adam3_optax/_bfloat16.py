@@ -22,14 +22,15 @@ class BFloat16ParametersState(NamedTuple):
     Attributes:
         inner_state: That of the wrapped optimizer.
         remainder: A tree like the parameters, of int16 or int8. It has their shapes;
-            for a leaf that is not bfloat16 there is one 0. A tree of None if no
-            remainders are kept.
-        count: Steps taken: int32, of shape (). Stays at its maximum.
+            for a leaf that is not bfloat16 there is one 0. If no remainders are kept,
+            there is one boolean for each leaf.
+        steps: How many were taken: int32, of shape (). Stays at its maximum. It is not
+            called count, so that `optax.tree.get(state, "count")` finds the inner one.
     """
 
     inner_state: optax.OptState
     remainder: optax.Updates
-    count: Array  # type: ignore[assignment]  # shadows tuple.count
+    steps: Array
 
 
 def bfloat16_parameters(
@@ -126,10 +127,8 @@ def bfloat16_parameters(
                 raise ValueError(
                     f"params{keystr(path)} is float16; it must be bfloat16 or float32"
                 )
-            if remainder is None:
-                return None
-            if not _is_narrow(param):
-                return jnp.zeros((1,) * jnp.ndim(param), remainder)
+            if remainder is None or not _is_narrow(param):
+                return jnp.zeros((1,) * jnp.ndim(param), remainder or bool)
             return _boxes.refilled(box, jnp.zeros_like(param, dtype=remainder))
 
         kept = jax.tree.map_with_path(zeros, params, is_leaf=_boxes.is_box)
@@ -141,7 +140,7 @@ def bfloat16_parameters(
         if params is None:
             raise ValueError("bfloat16_parameters needs params, as the third argument")
         _trees.check_state(state, BFloat16ParametersState, _REMEDY)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.steps)
         paths, treedef = jax.tree.flatten_with_path(_boxes.opened(params))
 
         def leaves_of(tree: Any, name: str) -> list[Any]:
@@ -154,16 +153,17 @@ def bfloat16_parameters(
         gradients = leaves_of(updates, "updates")
         kept = leaves_of(state.remainder, "the remainder")
         for i, (path, param) in enumerate(paths):
-            made_with = None if kept[i] is None else str(kept[i].dtype)
-            if made_with != remainder:
+            made_with = kept[i].dtype.name.replace("bool", "None")
+            if made_with != str(remainder):
                 raise ValueError(
-                    f"the state of params{keystr(path)} was made with remainder="
-                    f"{made_with!r}, and the optimizer has {remainder!r}. To change "
-                    "it, use to_float32_parameters, then to_bfloat16_parameters"
+                    f"the state of params{keystr(path)} has remainder {made_with}, and "
+                    f"the optimizer {remainder}. To change it, use "
+                    "to_float32_parameters, then to_bfloat16_parameters. If it was "
+                    "cast, by a loader or optax.tree.cast, restore it in its dtypes."
                 )
             _check_fits(path, param, kept[i])
             if _is_narrow(param):
-                masters[i] = _remainder.join(param, kept[i])
+                masters[i] = _remainder.join(param, _remainder_of(kept[i]))
                 gradients[i] = jax.tree.map(_wide, gradients[i])  # it may be None
         gs, ps = tree_like(updates, gradients), tree_like(params, masters)
         new, inner_state = wrapped.update(gs, state.inner_state, ps, **extra_args)
@@ -172,7 +172,9 @@ def bfloat16_parameters(
             if _is_narrow(param) and jax.tree.leaves(us[i]):
                 master = masters[i] + _wide(us[i])
                 key = _rounding.leaf_key(path, "parameters")
-                us[i], kept[i] = _remainder.land(param, master, kept[i], count, key)
+                rest = _remainder_of(kept[i])
+                us[i], rest = _remainder.land(param, master, rest, count, key)
+                kept[i] = kept[i] if rest is None else rest
         rests = tree_like(state.remainder, kept)
         return tree_like(new, us), BFloat16ParametersState(inner_state, rests, count)
 
@@ -245,10 +247,11 @@ def to_bfloat16_parameters(
             if chosen[i]:
                 # At count 0 the random bits of all leaves would be the same.
                 key = _rounding.leaf_key(path, "conversion")
-                param, rest = _remainder.split(master, rest, one.count + 1, key)
+                kept = _remainder_of(rest)
+                param, kept = _remainder.split(master, kept, one.steps + 1, key)
                 boxes[i] = _boxes.refilled(box, param)
-                rests[i] = None if rest is None else _boxes.refilled(box, rest)
-            elif rest is not None:  # it may be left from a bfloat16 parameter
+                rests[i] = rests[i] if kept is None else _boxes.refilled(box, kept)
+            else:  # it may be left from a bfloat16 parameter
                 rests[i] = jnp.zeros((1,) * master.ndim, rest.dtype)
         return one._replace(remainder=jax.tree.unflatten(treedef, rests))
 
@@ -292,7 +295,8 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.
             if _owns(rest):
                 _check_fits(path, param, rest)
                 if _is_narrow(param):
-                    boxes[i] = _boxes.refilled(box, _remainder.join(param, rest))
+                    master = _remainder.join(param, _remainder_of(rest))
+                    boxes[i] = _boxes.refilled(box, master)
     return jax.tree.unflatten(treedef, boxes)
 
 
@@ -306,11 +310,13 @@ def _wide(x: jax.typing.ArrayLike) -> Array:
 
 
 def _owns(rest: Any) -> bool:
-    """Returns whether a parameter is this state's: it has a remainder there, or None.
+    """Returns whether a parameter is this state's, not left to others by a mask."""
+    return bool(jax.tree.leaves(rest))
 
-    A parameter that `optax.masked` or `optax.partition` leaves to others has neither.
-    """
-    return rest is None or bool(jax.tree.leaves(rest))
+
+def _remainder_of(rest: Array) -> Array | None:
+    """Returns None for the boolean that stands where no remainder is kept."""
+    return None if rest.dtype == bool else rest
 
 
 def _check_fits(path: tuple[Any, ...], param: Any, rest: Any, *shapes: Any) -> None:
@@ -319,7 +325,9 @@ def _check_fits(path: tuple[Any, ...], param: Any, rest: Any, *shapes: Any) -> N
     Then the remainder has one of these shapes; that of the dtype if none is given.
     """
     shape, dtype = jnp.shape(param), jnp.result_type(param)
-    shapes = shapes or (shape if _is_narrow(param) else (1,) * len(shape),)
+    if not shapes or rest.dtype == bool:
+        has_rest = _is_narrow(param) and rest.dtype != bool
+        shapes = (shape if has_rest else (1,) * len(shape),)
     if jax.tree.leaves(rest) and rest.shape not in shapes:
         remedy = ""
         if rest.shape == shape:

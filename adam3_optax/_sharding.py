@@ -88,8 +88,7 @@ def state_shardings(
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
     def beside(leaf: Any, param: Any, sharding: Any) -> Any:
-        # None stands for a remainder that `bfloat16_parameters` does not keep.
-        if leaf is None or isinstance(leaf, optax.MaskedNode):
+        if isinstance(leaf, optax.MaskedNode):
             return leaf
         # A leaf without a box may belong to a parameter in a box.
         param, sharding = opened((param, sharding))
@@ -105,7 +104,7 @@ def state_shardings(
             shapes,
             jax.tree.unflatten(treedef, wanted),
             transform_non_params=lambda _: replicated,
-            is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode),
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

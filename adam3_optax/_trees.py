@@ -23,11 +23,17 @@ def check_state(state: Any, kind: type, remedy: str) -> None:
 
 
 def check_not_stacked(state: Any) -> None:
-    """Raises if a state is of several optimizers."""
-    if jnp.ndim(state.count):
+    """Raises if a state is of several optimizers, or if its count was cast."""
+    count = state.steps if hasattr(state, "steps") else state.count
+    if jnp.ndim(count):
         raise ValueError(
-            f"the state's count has shape {jnp.shape(state.count)}: it is the state of "
+            f"the state's count has shape {jnp.shape(count)}: it is the state of "
             "several optimizers, as made by jax.vmap. Use it inside jax.vmap."
+        )
+    if not jnp.issubdtype(jnp.result_type(count), jnp.integer):
+        raise ValueError(
+            f"the state's count is {jnp.result_type(count)}, and must be an integer. "
+            "If it was cast, by a loader or optax.tree.cast, restore it in its dtypes."
         )
 
 

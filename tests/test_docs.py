@@ -136,7 +136,7 @@ def test_factories_document_every_argument_and_run_an_example() -> None:
 
 
 RECORDS = {
-    "benchmarks/records/2026-11-23_low_precision": {"low_precision": [14]},
+    "benchmarks/records/2026-11-29_low_precision": {"low_precision": [16]},
     "benchmarks/records/2026-11-25_bfloat16_parameters": {"low_precision": [5]},
     "benchmarks/records/2026-11-23_speed": {"speed": [15]},
     "benchmarks/records/2026-11-25_compiled": {
