@@ -16,6 +16,7 @@ PIP := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c $(C
 # What compiles for a TPU and for a GPU without one; each in an environment of its own.
 COMPILERS ?= tpu cuda13
 PEER := flashoptim-jax==0.1.0
+cuda13_TOOLS := nvidia-cuda-nvdisasm==13.5.37
 COMPILED ?= benchmarks/records/$(shell date -u +%F)_compiled
 export ALLOW_MULTIPLE_LIBTPU_LOAD := 1
 
@@ -64,8 +65,10 @@ help:
 
 demo: $(STAMPS)/.examples
 	@"$(BIN)/python" examples/char_lm.py $(ARGS)
+ifeq ($(filter -h --help,$(ARGS)),)
 	@echo "Next: a small classifier with rare classes, on which the third moment acts."
 	@"$(BIN)/python" examples/rare_classes.py
+endif
 
 bench: $(STAMPS)/.bench
 	@"$(BIN)/python" benchmarks/step_time.py --out "$(RECORD)" $(ARGS)
@@ -96,6 +99,7 @@ endef
 
 compiled: $(STAMPS)/.bench
 	$(call with_compilers,benchmarks/compiled.py --out "$(COMPILED)" $(ARGS))
+	$(call with_compilers,benchmarks/instructions.py --out "$(COMPILED)")
 	@"$(BIN)/python" benchmarks/figures.py "$(COMPILED)"
 	@"$(BIN)/python" -m docs.tables "$(COMPILED)"
 
@@ -189,7 +193,7 @@ $(STAMPS)/.examples: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
 	@touch "$@"
 
 $(STAMPS)/.compiler: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)
-	@$(PIP) -e '.[test]' 'jax[$(COMPILER)]' $(PEER)
+	@$(PIP) -e '.[test]' 'jax[$(COMPILER)]' $(PEER) $($(COMPILER)_TOOLS)
 	@touch "$@"
 
 $(STAMPS)/.clients: $(STAMPS)/.python pyproject.toml $(CONSTRAINTS)

@@ -63,15 +63,18 @@ class Report:
             leaves: Whether to add those of each leaf, as `third_moment/ratio['w']`.
 
         Returns:
-            A float for each statistic, and for each statistic of each leaf.
+            A float for each statistic, and for each statistic of each leaf. What is
+            above 1e6, as a ratio to a momentum of nearly 0, is given as 1e6, so that it
+            does not ruin a chart's axis. Counts are given as they are.
         """
         report = self.on_host()
         start = f"{self.topic}/" if prefix is None else prefix
         named = {"": report.overall, **(report.leaves if leaves else {})}
+        counts = ("elements", "state_bytes")
         return {
-            f"{start}{name}{leaf}": float(value)
+            f"{start}{name}{leaf}": float(x) if name in counts else min(float(x), 1e6)
             for leaf, statistics in named.items()
-            for name, value in dataclasses.asdict(statistics).items()
+            for name, x in dataclasses.asdict(statistics).items()
         }
 
     def table(self) -> str:

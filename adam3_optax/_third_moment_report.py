@@ -87,7 +87,8 @@ class ThirdMomentReport(Report):
         0.001; none of these.
         """
         x = self.scalars("")
-        ratio, clipped, silent = x["ratio"], x["clipped"], x["without_effect"]
+        ratio, clipped = float(self.on_host().overall.ratio), x["clipped"]
+        silent = x["without_effect"]
         found, nothing = f"median ratio {ratio:.0e}", "third moment changes nothing"
         if not x["elements"]:
             return "No element has had a gradient yet: there is nothing to say."
@@ -105,14 +106,24 @@ class ThirdMomentReport(Report):
                 f"{found}, 0.999 quantile {x['ratio_tail']:.0e}; {remedy}."
             )
         if ratio > 1:
-            return f"The skewness term outweighs the momentum: {found}."
+            return (
+                f"The skewness term outweighs the momentum: {found}. Most steps follow "
+                "the skewness; a smaller lam or tau would change that."
+            )
         if clipped >= 0.5:
             return (
                 f"The skewness term is clipped in {percent(clipped)} of the elements, "
                 f"where only its sign counts: {found}."
             )
-        hardly = "hardly " if ratio < 1e-3 else ""
-        return f"The third moment {hardly}shifts the momentum: {found}."
+        if ratio < 1e-3:
+            return (
+                f"The third moment hardly shifts the momentum: {found}, too little to "
+                "matter in most elements."
+            )
+        return (
+            f"The third moment shifts the momentum: {found}, by {percent(ratio)} of it "
+            "in the median element. Only a run with lam=0 tells whether that helps."
+        )
 
 
 def third_moment_report(
@@ -274,7 +285,7 @@ def _quantiles(patterns: list[list[Array]], elements: Array) -> Array:
     A quantile is the smallest value with a share of q at or below it. Its bit pattern
     is found bit by bit, in 31 passes and without a sort.
     """
-    wanted = jnp.ceil(elements[:, None] * jnp.array(2 * _QUANTILES, jnp.float32))
+    wanted = jnp.ceil(elements[:, None] * jnp.array([2 * _QUANTILES], jnp.float32))
 
     def refine(i: Any, found: Array) -> Array:
         bit = 1 << (30 - i)

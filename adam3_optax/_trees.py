@@ -14,6 +14,8 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 def check_state(state: Any, kind: type, remedy: str) -> None:
     """Raises if a state is not of a kind, or is of several optimizers."""
+    if isinstance(state, str | dict):
+        remedy = "A state dict is restored by flax.serialization.from_state_dict."
     if not isinstance(state, kind):
         raise TypeError(
             f"the state must be a {kind.__name__}, got {type(state).__name__}. Was it "

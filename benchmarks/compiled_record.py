@@ -26,7 +26,8 @@ def read(folder: Path) -> Rows:
 
 def every(folder: Path, file: str, measure: str) -> dict[tuple[str, str], Row]:
     """Returns the last row of a measure, by device and optimizer."""
-    lines = (folder / file).read_text(encoding="utf-8").splitlines()
+    path = folder / file
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = (row for row in map(json.loads, lines) if row["measure"] == measure)
     return {(row["device"], row["arm"]): row for row in rows}
 

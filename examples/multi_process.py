@@ -174,6 +174,9 @@ def train(options: argparse.Namespace) -> None:
         report(f"{how}: {jax.process_count()} processes, {count} devices")
         for number in range(done + 1, options.steps + 1):
             tree, loss = step(tree, batch_at(corpus.training, number, mesh))
+            # Wait. Before JAX 0.12 queued steps on simulated devices can hang: with too
+            # few cores they take the threads that earlier steps need.
+            loss.block_until_ready()
             if number % options.every == 0 or number == options.steps:
                 checkpoints.save(number, tree)
                 report(f"step {number:>5}  loss {loss:.4f}  checkpoint saved")

@@ -66,14 +66,15 @@ def main() -> None:
     for lam in (0.003, 0.01, 0.03):
         ours = adam3w(rate(0.02), lam=lam, third_moment="standardized")
         optimizers[f"AdaM3, lam {lam}"] = ours
-    print(f"{'':16}  held-out loss  errors  of rare classes  of the others")
+    print(f"{'held-out':16}    loss  errors    rare  others")
     for name, optimizer in optimizers.items():
         params = jax.jit(train, static_argnums=0)(optimizer, examples, 0)
         wrong = (x_out @ params["kernel"] + params["bias"]).argmax(-1) != y_out
         rates = [wrong.mean(), wrong[rare].mean(), wrong[~rare].mean()]
-        widths = (6, 15, 13)
-        shown = "  ".join(f"{r:{w}.1%}" for r, w in zip(rates, widths, strict=True))
-        print(f"{name:16}  {loss(params, x_out, y_out):13.3f}  {shown}")
+        shown = "  ".join(f"{r:6.1%}" for r in rates)
+        print(f"{name:16}  {loss(params, x_out, y_out):6.3f}  {shown}")
+    print("One seed, nothing tuned. Against AdamW tuned as hard, over 20 seeds,")
+    print("such tasks gained 1.2% at most, and one lost 4.2%: docs/evidence.md.")
 
 
 if __name__ == "__main__":

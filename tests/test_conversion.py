@@ -94,12 +94,6 @@ def test_the_way_back_is_to_the_type_computed_in(storage: Any) -> None:
     assert {x.dtype for x in jax.tree.leaves((adam.mu, adam.nu))} == {jnp.dtype(F32)}
 
 
-def test_the_way_back_takes_a_type_for_mu() -> None:
-    state = adam3w(1e-2, **STORAGE["smallest"]).init(PARAMS)
-    back = to_adam_state(state, mu_dtype=jnp.bfloat16)
-    assert types(back) == types(optax.adamw(1e-2, mu_dtype=jnp.bfloat16).init(PARAMS))
-
-
 def assert_near(got: Any, want: Any, storage: Any, form: Any) -> None:
     """Asserts float32 moments that are off by what a storage rounds, at most."""
     powers = {"m": 1.0, "s": reference.FORMS[form].exponent}
@@ -258,9 +252,3 @@ def test_a_stacked_state_is_named_by_conversion() -> None:
         convert_state(state, m_dtype="bfloat16")
     converted = jax.vmap(lambda x: convert_state(x, m_dtype="bfloat16"))(state)
     assert converted.m.dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("dtype", ["int8", jnp.int32, bool, "foo"])
-def test_mu_must_be_floating(dtype: Any) -> None:
-    with pytest.raises(ValueError, match="mu_dtype must be a floating dtype or None"):
-        to_adam_state(scale_by_adam3().init(jnp.ones(3)), mu_dtype=dtype)

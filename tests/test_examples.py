@@ -165,7 +165,7 @@ BAD = {
     "--lr -1": "argument --lr: must be a number from 1e-09",
     "--lr nan": "argument --lr: must be a number from 1e-09",
     "--lr inf": "argument --lr: must be a number from 1e-09",
-    "--state float8": "argument --state: invalid choice: 'float8'",
+    "--state int8": "argument --state: invalid choice: 'int8'",
     "--form": "argument --form: expected one argument",
     "--stepz 3": "unrecognized arguments: --stepz 3",
     "--out empty": "--out empty: empty: File exists",
@@ -253,7 +253,7 @@ def test_low_precision_state_costs_no_accuracy_here(tmp_path: Path) -> None:
     _, *rows = run(tmp_path, "low_precision.py").splitlines()
     found = {row[:14].strip(): [*map(float, row[14:].split())] for row in rows}
     sizes = [size for size, _ in found.values()]
-    assert sizes == [12.0, 8.0, 6.0, pytest.approx(3.11, abs=0.01)]
+    assert sizes == [12.0, 8.0, 6.0, 4.0]
     exact = found["all float32"][1]
     for _, loss in found.values():
         assert loss == pytest.approx(exact, rel=0.02)
@@ -261,7 +261,7 @@ def test_low_precision_state_costs_no_accuracy_here(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rare_classes_gain_what_frequent_ones_pay(tmp_path: Path) -> None:
-    _, *rows = run(tmp_path, "rare_classes.py").splitlines()
+    _, *rows, _, _ = run(tmp_path, "rare_classes.py").splitlines()
     numbers = [[float(x) for x in re.findall(r"[\d.]+", row[16:])] for row in rows]
     (adamw, *_), (*_, most) = numbers, numbers
     assert len(numbers) == 4

@@ -84,7 +84,7 @@ def test_what_is_made_of_such_a_class(standard_promotion: None) -> None:
     back: Any = adam3_optax.from_adam_state(adam, third_moment=None)
     assert back[0].v["b"].w.shape == (3,)
     for remainder in ("int16", "int8", None):
-        wrapped = bfloat16_parameters(optax.sgd(0.1), remainder)  # type: ignore[arg-type]
+        wrapped = bfloat16_parameters(optax.sgd(0.1), remainder)
         for mask in (None, {"a": True, "b": False}):
             low, kept = adam3_optax.to_bfloat16_parameters(
                 params, wrapped.init(params), mask
@@ -158,7 +158,7 @@ MEMBERS: dict[str, Any] = {
     },
     "None": adam3w(1e-2, third_moment=None),
     **{
-        f"remainder {x}": bfloat16_parameters(optax.sgd(0.1), x)  # type: ignore[arg-type]
+        f"remainder {x}": bfloat16_parameters(optax.sgd(0.1), x)
         for x in ("int16", "int8", None)
     },
 }

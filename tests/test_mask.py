@@ -41,10 +41,9 @@ def test_a_mask_sees_the_very_parameters() -> None:
         return jax.tree.map(lambda p: True, params)
 
     optimizer = adam3w(0.1, mask=mask)
-    state = optimizer.init(MIXED)
-    optimizer.update(ZEROS, state, MIXED)
+    first_step(optimizer, ZEROS, MIXED)
+    assert seen
     assert all(params is MIXED for params in seen)
-    assert len(seen) >= 2
 
 
 def test_the_others_decay_where_a_gradient_is_none() -> None:
@@ -117,14 +116,14 @@ def test_places_are_for_the_rate_and_two_decays(standard_promotion: None) -> Non
 def test_a_mask_that_is_not_boolean_is_named(leaf: Any) -> None:
     for mask in ({"w": True, "b": leaf}, lambda _: {"w": True, "b": leaf}):
         with pytest.raises(TypeError, match=r"mask\['b'\] must be a boolean"):
-            adam3w(mask=mask).init(MIXED)
+            first_step(adam3w(mask=mask), ZEROS, MIXED)
 
 
 @pytest.mark.parametrize("mask", [{"w": True}, [True, False], {"w": True, "b": None}])
 def test_a_mask_of_another_structure_is_named(mask: Any) -> None:
     for optimizer in (adam3w(mask=mask), adam3w(mask=lambda _: mask)):
         with pytest.raises(ValueError, match="mask must be a tree like params, or a "):
-            optimizer.init({"w": jnp.ones(3), "b": jnp.ones(3)})
+            first_step(optimizer, ZEROS, MIXED)
 
 
 def test_booleans_of_every_kind_are_masks() -> None:

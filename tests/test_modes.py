@@ -56,7 +56,7 @@ SLOW_FLAGS = "checking_leaks", "disable_jit"
 def test_debugging_flags_find_nothing(flag: Any) -> None:
     # A run, eager and jitted, and all that can be done with its state, in all formats.
     known = KNOWN | {"third_moment": "cubic"}
-    params, gradients = ({"w": x["w"]} for x in (PARAMS, GRADIENTS[0]))
+    params, gradients = {"w": PARAMS["w"]}, {"w": GRADIENTS[0]["w"].at[0].set(0.0)}
     with flag():
         optimizer = adam3w(0.1, tau=float("inf"), eps_root=1e-8, **STORAGE["mixed"])
         state = optimizer.init(params)
@@ -69,6 +69,8 @@ def test_debugging_flags_find_nothing(flag: Any) -> None:
         for name in ("bfloat16", "float8", "smallest"):
             from_adam_state(adam, **STORAGE[name])
             state = convert_state(state, **STORAGE[name])
+        update = jax.jit(adam3w(0.1, **STORAGE["smallest"]).update)
+        assert_finite(update(gradients, state, params)[0])
         third_moment_report(state, **known).table()
 
 
@@ -215,7 +217,7 @@ def test_a_stacked_report_is_named() -> None:
         report(state)
     stacked = jax.vmap(report)(state)
     for method in (stacked.scalars, stacked.verdict, stacked.table):
-        with pytest.raises(ValueError, match=r"elements have shape \(5, 3\).*jax.vmap"):
+        with pytest.raises(ValueError, match="jax.vmap made several reports"):
             method()
     one = jax.tree.map(lambda x: x[2], stacked)
     assert one.table() == report(jax.tree.map(lambda x: x[2], state)).table()

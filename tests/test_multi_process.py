@@ -98,6 +98,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--steps", "130", "--every", "130")])
+def test_many_steps_between_checkpoints(options: Any, tmp_path: Path) -> None:
+    # With the defaults, as a reader runs it, and with one checkpoint at the end. Steps
+    # that are queued hang JAX 0.10 on simulated devices.
+    ended = subprocess.run(
+        [*command(tmp_path)[:4], *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "Validation loss" in ended.stdout
+
+
+@pytest.mark.slow
 def test_two_processes_of_four_are_one_of_eight(
     whole: Path, tmp_path: Path, standard_promotion: None
 ) -> None:

@@ -316,7 +316,8 @@ def test_derivatives_with_a_traced_infinite_tau(form: Any) -> None:
 @pytest.mark.parametrize("name", ["m_dtype", "v_dtype", "s_dtype"])
 def test_a_float8_state_has_no_derivative(name: str) -> None:
     # Its tangents would be float8, too: NaN after a few steps, and no error.
-    optimizer = adam3w(eps_root=1e-8, **{name: "float8"})
+    storage: Any = {name: "float8"}
+    optimizer = adam3w(eps_root=1e-8, **storage)
 
     def loss(x: jax.Array, stop: bool) -> jax.Array:
         params, state = x, optimizer.init(x)

@@ -133,5 +133,5 @@ def tables(folder: Path) -> list[str]:
     rows = read(folder)
     counted = every(folder, "instructions.jsonl", "instructions")
     times = every(folder, "results.jsonl", "compile")
-    made = [one_matrix(rows, counted), trees(rows), compile_times(times)]
-    return [*made, meshes(rows), wrapped(rows)]
+    made = [one_matrix(rows, counted), trees(rows), meshes(rows)]
+    return [*made, *([compile_times(times)] if times else []), wrapped(rows)]
