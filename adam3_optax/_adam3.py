@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.tree_util import PyTreeDef
+from jax.tree_util import PyTreeDef, keystr
 
 from adam3_optax import _boxes, _formats, _rounding, _rule, _trees, _xla
 from adam3_optax import _hyperparameters as hp
@@ -183,9 +183,7 @@ def adam3w(
     return _in_float32(scale, decay, _scale_by_rate(learning_rate))
 
 
-def _add_decayed_weights(
-    weight_decay: hp.ScalarOrSchedule, mask: Any
-) -> optax.GradientTransformation:
+def _add_decayed_weights(weight_decay: hp.ScalarOrSchedule, mask: Any) -> Any:
     """Adds decay to updates, with the rate and the parameters cast to their dtype.
 
     The state is that of `optax.add_decayed_weights`, masked if there is a mask.
@@ -203,16 +201,6 @@ def _add_decayed_weights(
             raise ValueError("weight decay needs params: pass them to update")
         inner = state if mask is None else state.inner_state
         rate = rate_at(inner.count if is_schedule else 0)
-
-        def decayed(path: tuple[Any, ...], u: Array, p: Any) -> Array:
-            if u.shape != jnp.shape(p):
-                raise ValueError(
-                    f"params{jax.tree_util.keystr(path)} has shape {jnp.shape(p)}, "
-                    f"but its update has {u.shape}"
-                )
-            return u + jnp.asarray(rate, u.dtype) * jnp.asarray(p, u.dtype)
-
-        treedef: PyTreeDef
         us, treedef = jax.tree.flatten_with_path(updates, is_leaf=lambda x: x is None)
         ps = _trees.leaves_like(treedef, params, "params", "updates")
         # A mask function gets the parameters as they were passed: not cast.
@@ -220,12 +208,18 @@ def _add_decayed_weights(
         new = []
         for (path, u), p in zip(us, ps, strict=True):
             p = _boxes.opened(p)  # gradients may be plain where parameters are in boxes
-            is_chosen = p is not None and next(choices)
-            new.append(decayed(path, u, p) if is_chosen and u is not None else u)
+            if p is not None and next(choices) and u is not None:
+                if u.shape != jnp.shape(p):
+                    raise ValueError(
+                        f"params{keystr(path)} has shape {jnp.shape(p)}, but its "
+                        f"update has {u.shape}"
+                    )
+                u = u + jnp.asarray(rate, u.dtype) * jnp.asarray(p, u.dtype)
+            new.append(u)
         if is_schedule:
             inner = inner._replace(count=optax.safe_increment(inner.count))
         state = inner if mask is None else optax.MaskedState(inner)
-        return treedef.unflatten(new), state
+        return jax.tree.unflatten(treedef, new), state
 
     return optax.GradientTransformation(init, update)
 
@@ -251,10 +245,10 @@ def _in_float32(*parts: Any) -> optax.GradientTransformationExtraArgs:
         return jnp.asarray(g).astype(_formats.computed_in(g)) if real else g
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        wide = jax.tree.map(widen, updates)
-        wide, state = chain.update(wide, state, params, **extra_args)
-        cast = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), wide, updates)
-        return cast, state
+        us = jax.tree.map(widen, updates)
+        us, state = chain.update(us, state, params, **extra_args)
+        us = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), us, updates)
+        return us, state
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
 
@@ -363,9 +357,7 @@ def scale_by_adam3(
         `docs/algorithm.md`, sections 1 to 3. Where the source document contradicts
         itself, section 1 says what was chosen.
     """
-    b1 = hp.number("b1", b1)
-    b2 = hp.number("b2", b2)
-    b3 = hp.number("b3", b3)
+    b1, b2, b3 = hp.number("b1", b1), hp.number("b2", b2), hp.number("b3", b3)
     eps, eps_root = hp.number("eps", eps), hp.number("eps_root", eps_root)
     lam_at, tau_at = hp.value_at("lam", lam), hp.value_at("tau", tau)
     form = hp.form(third_moment)
@@ -375,22 +367,24 @@ def scale_by_adam3(
 
     def init(params: optax.Params) -> ScaleByAdam3State:
         for path, param in jax.tree.leaves_with_path(params):
-            _check_parameter(path, param)
+            dtype = jnp.result_type(param)
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                raise ValueError(
+                    f"params{keystr(path)} is {dtype}; AdaM3 needs real parameters. "
+                    "Wrap the optimizer in optax.contrib.split_real_and_imaginary."
+                )
         m, v, s = (f.zeros(params) for f in formats)
         return ScaleByAdam3State(m, v, s, jnp.zeros((), jnp.int32))
 
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, ScaleByAdam3State]:
-        del params, extra_args
-        _trees.check_state(state, ScaleByAdam3State, _FROM_ADAM)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        _check_state(state, formats)
         count = optax.safe_increment(state.count)
         lam_t, tau_t = lam_at(state.count), tau_at(state.count)
         h = _rule.Hyperparameters(b1, b2, b3, lam_t, tau_t, eps, eps_root)
         # Once a step and dtype, not once a leaf: this would dominate compile time.
         coefficients = functools.cache(functools.partial(_rule.coefficients, h, count))
 
-        def step(path: tuple[Any, ...], item: Any, *stored: Any) -> tuple[Any, ...]:
+        def step(path: tuple[Any, ...], item: Any, *stored: Any) -> Any:
             if not jax.tree.leaves(item):
                 return item, *stored
             g, old = jnp.asarray(_boxes.opened(item)), Moments(*_boxes.opened(stored))
@@ -398,18 +392,17 @@ def scale_by_adam3(
             k = coefficients(_formats.computed_in(*jax.tree.leaves((g, old))))
             key = _rounding.leaf_key(path, "moments")
             u, new = _step_leaf(formats, form, g, old, k, count, key)
-            return _boxes.refilled(item, u), *map(_boxes.refilled, stored, new)
+            return _boxes.refilled((item, *stored), (u, *new))
 
-        treedef: PyTreeDef
         leaves, treedef = jax.tree.flatten_with_path(updates, is_leaf=_boxes.is_place)
-        paths, items = zip(*leaves, strict=True) if leaves else ((), ())
-        split = functools.partial(_split, treedef)
-        old = map(split, formats, _formats.NAMES, state.moments)
-        stepped = list(map(step, paths, items, *old))
-        us, *new = zip(*stepped, strict=True) if stepped else ((), (), (), ())
-        u, m, v = map(treedef.unflatten, (us, new[0], new[1]))
-        s = state.s if form is None else treedef.unflatten(new[2])
-        return u, ScaleByAdam3State(m, v, s, count)
+        rows = _rows(treedef, state.moments, "the gradients'")
+        stepped = [step(*leaf, *row) for leaf, row in zip(leaves, rows, strict=True)]
+
+        def tree(i: int) -> Any:
+            return jax.tree.unflatten(treedef, [x[i] for x in stepped])
+
+        s = state.s if form is None else tree(3)
+        return tree(0), ScaleByAdam3State(tree(1), tree(2), s, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -488,53 +481,41 @@ def _in_order(f: Format, stored: Any, later: Any) -> tuple[Any, Any]:
     return _xla.in_order(stored, later) if f.rounds else (stored, later)
 
 
-def _split(treedef: PyTreeDef, f: Format, name: str, field: Field) -> list[Any]:
-    """Returns the stored leaves of a moment, in the order of the gradients'."""
-    if not _formats.fits(f, field):
-        raise ValueError(
-            f"the state's {name} is not stored as {name}_dtype says. If it was made "
-            "with other settings, or third_moment=None, use adam3_optax.convert_state. "
-            "If it was cast, by a loader or optax.tree.cast, restore it in its dtypes."
-        )
-    if f == Absent():
-        return [None] * treedef.num_leaves
-    try:
-        return treedef.flatten_up_to(field)
-    except ValueError as error:
-        raise ValueError(
-            f"the gradients' tree does not fit the state's {name}; was the state made "
-            f"by init from other parameters? {error}"
-        ) from error
+def _rows(treedef: PyTreeDef, moments: Moments[Field], whose: str) -> Any:
+    """Returns the stored moments of each leaf, in the order of a tree's leaves."""
+
+    def column(name: str, field: Field) -> list[Any]:
+        if isinstance(field, optax.EmptyState):
+            return [None] * treedef.num_leaves
+        where = f"{whose} tree does not fit the state's {name}, which"
+        model = "it, made by init from the same parameters"
+        return _trees.leaves_like(treedef, field, where, model)
+
+    return map(Moments, *map(column, _formats.NAMES, moments))
 
 
 def stored_leaves(state: ScaleByAdam3State) -> list[tuple[Any, Moments[Any]]]:
     """Returns the path of each leaf, and its stored moments, out of their boxes."""
-    treedef: PyTreeDef
     paths, treedef = jax.tree.flatten_with_path(state.m, is_leaf=_boxes.is_box)
-
-    def leaves(name: str, field: Field) -> list[Any]:
-        if isinstance(field, optax.EmptyState):
-            return [None] * treedef.num_leaves
-        return _trees.leaves_like(treedef, field, f"the state's {name}", "its m")
-
-    columns = _boxes.opened(list(map(leaves, _formats.NAMES, state.moments)))
-    rows = map(Moments, *columns)
+    rows = _boxes.opened(list(_rows(treedef, state.moments, "m's")))
     return [(path, row) for (path, _), row in zip(paths, rows, strict=True)]
 
 
-def _check_parameter(path: tuple[Any, ...], param: jax.typing.ArrayLike) -> None:
-    """Raises if a parameter is complex."""
-    dtype = jnp.result_type(param)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is {dtype}; AdaM3 needs real "
-            "parameters. Wrap the optimizer in optax.contrib.split_real_and_imaginary."
-        )
+def _check_state(state: Any, formats: Moments[Format]) -> None:
+    """Raises if a state is of another kind, or its moments are of other formats."""
+    _trees.check_state(state, ScaleByAdam3State, _FROM_ADAM)
+    for name, field, f in zip(_formats.NAMES, state.moments, formats, strict=True):
+        if not _formats.fits(f, field):
+            raise ValueError(
+                f"the state's {name} is not stored as {name}_dtype says. If made with "
+                "other settings, or third_moment=None, use convert_state. If cast, by "
+                "a loader or optax.tree.cast, restore it in its dtypes."
+            )
 
 
 def _check_gradient(path: Any, g: Array, stored: Any, formats: Any) -> None:
     """Raises if a gradient is of no real dtype, or does not fit the moments."""
-    where = f"updates{jax.tree_util.keystr(path)}"
+    where = f"updates{keystr(path)}"
     if not jnp.issubdtype(g.dtype, jnp.floating):
         raise ValueError(f"{where} must be of a real floating type, got {g.dtype}")
     for name, leaf, f in zip(_formats.NAMES, stored, formats, strict=True):

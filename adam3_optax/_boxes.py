@@ -27,25 +27,19 @@ def is_place(x: object) -> bool:
 
 def opened(tree: Any) -> Any:
     """Returns a tree with arrays in place of the boxes that hold them."""
-    return jax.tree.map(_content, tree, is_leaf=is_box)
+    places = jax.tree.structure(tree, is_leaf=is_box)
+    return jax.tree.unflatten(places, jax.tree.leaves(tree))
 
 
 def refilled(tree: Any, arrays: Any) -> Any:
-    """Returns a tree with its boxes around other arrays: the inverse of `opened`."""
+    """Returns a tree with its boxes around other arrays: the inverse of `opened`.
 
-    def refill(x: Any, array: Any) -> Any:
-        return (
-            jax.tree.unflatten(jax.tree.structure(x), [array]) if is_box(x) else array
-        )
-
-    return jax.tree.map(refill, tree, arrays, is_leaf=is_box)
+    The arrays may come as a list. Where the tree has none, neither may they.
+    """
+    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
 
 
 def _is_known(x: object) -> bool:
     # Not imported: if its module is not loaded, there is no such box.
     kinds = [getattr(sys.modules.get(module), name, ()) for module, name in _KINDS]
     return isinstance(x, tuple(kind for kind in kinds if kind))
-
-
-def _content(x: Any) -> Any:
-    return jax.tree.leaves(x)[0] if is_box(x) else x

@@ -1,18 +1,16 @@
 """From a running Adam to AdaM3 and back, and from one storage setting to another."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
-from jax.tree_util import PyTreeDef
 
-from adam3_optax import _boxes, _formats, _rounding, _trees
+from adam3_optax import _formats, _rounding, _trees
 from adam3_optax import _hyperparameters as hp
 from adam3_optax._adam3 import ScaleByAdam3State, stored_leaves
-from adam3_optax._formats import DTypeSetting, Field, Float8, Format
+from adam3_optax._boxes import refilled
+from adam3_optax._formats import DTypeSetting, Float8, Format, computed_in
 from adam3_optax._rule import Form, Moments, ThirdMoment
 
 
@@ -68,12 +66,9 @@ def from_adam_state(
     form = hp.form(third_moment)
     formats = _formats.formats_for(form, m_dtype, v_dtype, s_dtype)
 
-    def widen(x: Array) -> Array:
-        return x.astype(_formats.computed_in(x))
-
     def convert(adam: optax.ScaleByAdamState) -> ScaleByAdam3State:
         # Adam's moments have the dtypes of their parameters, which may differ.
-        mu, nu = jax.tree.map(widen, (adam.mu, adam.nu))
+        mu, nu = jax.tree.map(lambda x: x.astype(computed_in(x)), (adam.mu, adam.nu))
         without_s = ScaleByAdam3State(mu, nu, optax.EmptyState(), adam.count)
         return _stored_as(formats, form, without_s)
 
@@ -106,8 +101,8 @@ def to_adam_state(state: optax.OptState) -> optax.OptState:
         adam3 = adam3._replace(s=optax.EmptyState())
         formats = _formats.formats_of(adam3.moments, None)
         rows = [_formats.loaded(formats, x) for _, x in stored_leaves(adam3)]
-        mu = _refilled(adam3.m, [row.m for row in rows])
-        nu = _refilled(adam3.m, [row.v for row in rows])
+        mu = refilled(adam3.m, [row.m for row in rows])
+        nu = refilled(adam3.m, [row.v for row in rows])
         return optax.ScaleByAdamState(count=adam3.count, mu=mu, nu=nu)
 
     return _replace(state, ScaleByAdam3State, convert, "to_adam_state")
@@ -159,13 +154,6 @@ def convert_state(
     return _replace(state, ScaleByAdam3State, lambda x: _stored_as(formats, form, x))
 
 
-def _refilled(field: Field, leaves: list[Array]) -> Field:
-    """Returns a moment with other leaves in its boxes."""
-    treedef: PyTreeDef
-    items, treedef = jax.tree.flatten(field, is_leaf=_boxes.is_box)
-    return treedef.unflatten(list(map(_boxes.refilled, items, leaves)))
-
-
 def _stored_as(formats: Moments[Format], form: Form | None, state: Any) -> Any:
     """Returns the state with its moments in other formats."""
     _trees.check_not_stacked(state)
@@ -174,41 +162,35 @@ def _stored_as(formats: Moments[Format], form: Form | None, state: Any) -> Any:
     # In float8 another form's s is read in the unit of this one.
     was = _formats.formats_of(state.moments, form)
     # What has its format already stays as it is, if its unit stays.
-    fits = Moments(*map(_formats.fits, formats, state.moments))
-    is_kept = [
-        x and (fits.v or not isinstance(f, Float8))
-        for x, f in zip(fits, formats, strict=True)
-    ]
+    has_unit = [isinstance(f, Float8) for f in formats]
+    fits = list(map(_formats.fits, formats, state.moments))
+    is_kept = [fits[i] and (fits[1] or not has_unit[i]) for i in range(3)]
     count = jnp.maximum(state.count, 1)  # with 0, all leaves would have the same bits
 
-    def convert(path: tuple[Any, ...], stored: Moments[Any]) -> list[Any]:
+    def convert(path: tuple[Any, ...], stored: Moments[Any]) -> Moments[Any]:
         loaded = _formats.loaded(was, stored)
         key = _rounding.leaf_key(path, "conversion")
         bits = _rounding.for_moments(_rounding.random_bits(count, key, loaded.v))
-        new = list(stored)
-        sigma = None
-        for i in (1, 0, 2):  # v comes first, because it is the others' unit
-            f = formats[i]
-            if not is_kept[i]:
-                x = jnp.zeros_like(loaded.v) if stored[i] is None else loaded[i]
-                dtype = _formats.computed_in(f.zeros(x))
-                new[i] = f.store(_formats.narrowed(x, dtype), sigma, bits[i])
-            if i == 1:
-                sigma = _formats.sigma_of(f.load(new[i], None))
-        return new
 
-    rows = [convert(path, stored) for path, stored in stored_leaves(state)]
-    m, v, s = (
-        field if kept else _refilled(state.m, [row[i] for row in rows])
-        for i, (field, kept) in enumerate(zip(state.moments, is_kept, strict=True))
-    )
-    return ScaleByAdam3State(m, v, s, state.count)
+        def store(i: int, sigma: Any = None) -> Any:
+            if is_kept[i]:
+                return stored[i]
+            x = jnp.zeros_like(loaded.v) if stored[i] is None else loaded[i]
+            x = _formats.narrowed(x, computed_in(formats[i].zeros(x)))
+            return formats[i].store(x, sigma, bits[i])
+
+        v = store(1)  # it comes first, because it is the others' unit
+        sigma = _formats.sigma_of(formats.v.load(v, None))
+        return Moments(store(0, sigma), v, store(2, sigma))
+
+    rows = [convert(*leaf) for leaf in stored_leaves(state)]
+    columns = [[row[i] for row in rows] for i in range(3)]
+    new = [state[i] if is_kept[i] else refilled(state.m, columns[i]) for i in range(3)]
+    return ScaleByAdam3State(new[0], new[1], new[2], state.count)
 
 
-def _replace(
-    state: Any, kind: type, convert: Callable[[Any], Any], other_optimizer: str = ""
-) -> Any:
-    """Returns the state with every state of a kind converted.
+def _replace(state: Any, kind: type, convert: Any, other_optimizer: str = "") -> Any:
+    """Returns the state with every state of a kind converted by a function.
 
     `other_optimizer` names the function that converts to the state of another one. That
     one would go on with this one's hyperparameters if they were injected.

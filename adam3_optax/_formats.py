@@ -186,7 +186,6 @@ SETTINGS: dict[Any, Format | None] = {
     "bfloat16": BFloat16(),
     "float8": None,
 }
-_NUMBERS = bool | int | float | complex | np.number | np.ndarray | Array
 _WHY_NOT = {
     "float16": " (in which (g - m)³ underflows at |g| = 1e-3)",
     "int8": ". For 8 bits use 'float8', which needs no scales",
@@ -196,7 +195,7 @@ _WHY_NOT = {
 def format_for(moment: Name, setting: DTypeSetting, form: Form | None) -> Format:
     """Returns the format of a moment, from a user's setting."""
     name, known = f"{moment}_dtype", setting
-    if isinstance(setting, _NUMBERS):
+    if isinstance(setting, int | float | complex | np.number | np.ndarray | Array):
         raise TypeError(
             f"{name} must be None, a string or a dtype, got {setting!r}. With "
             f"optax.inject_hyperparams, pass a string, or static_args={name!r}."
@@ -216,8 +215,7 @@ def format_for(moment: Name, setting: DTypeSetting, form: Form | None) -> Format
 
 def _float8(moment: Name, form: Form | None) -> Format:
     power = form.skewness_power if form else 3.0
-    float8 = {"m": Float8(1.0, 2), "v": UnsignedFloat8(), "s": Float8(power, 0)}
-    return float8[moment]
+    return {"m": Float8(1.0, 2), "v": UnsignedFloat8(), "s": Float8(power, 0)}[moment]
 
 
 def formats_for(form: Form | None, *settings: DTypeSetting) -> Moments[Format]:

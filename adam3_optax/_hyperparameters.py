@@ -31,7 +31,7 @@ class BlowUpWarning(UserWarning):
 class Float8Warning(UserWarning):
     """These decays are too slow for a float8 moment: see `docs/low_precision.md`.
 
-    The error of m, relative to the update, grows with b1: 9% at 0.9, 27% at 0.99, 84%
+    The error of m, relative to the update, grows with b1: 9% at 0.9, 27% at 0.99, 90%
     at 0.999. From 0.99 on store m in bfloat16. The largest m/sqrt(v) is bounded where
     b1² < b2, and the largest s/sqrt(v)³ of the cubic form grows as b2 nears 1. What is
     beyond the largest float8 is cut off.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from adam3_optax._rule import Moments
 
@@ -26,9 +27,7 @@ def leaf_key(path: tuple[Any, ...], purpose: Purpose) -> Key:
     return np.frombuffer(digest, "<u4").astype(np.uint32) | np.uint32(1)
 
 
-def random_bits(
-    count: jax.typing.ArrayLike, key: Key | jax.typing.ArrayLike, like: Array
-) -> Array:
+def random_bits(count: ArrayLike, key: ArrayLike, like: Array) -> Array:
     """Returns 32 random bits for each element; the upper 24 are good.
 
     They have the shape of `like`, and its sharding.
@@ -154,7 +153,6 @@ def from_unsigned_float8(code: Array) -> Array:
 @jax.custom_jvp
 def straight_through(x: Array, loaded: Array) -> Array:
     """Straight-through estimator: the value of `loaded`, the derivative of x."""
-    del x
     return loaded
 
 

@@ -886,19 +886,12 @@ def test_freezing_belongs_before_the_wrapper() -> None:
         assert bool(moved.any()) == moves
 
 
-def test_map_params_takes_none_for_a_leaf() -> None:
+def test_map_params_finds_what_stands_for_no_remainder() -> None:
     optimizer = bfloat16_parameters(INNER, None)
     state = optimizer.init(MASTERS)
     names = {"w": "of w"}
-    found = optax.tree.map_params(
-        optimizer,
-        lambda x, name: None if x is None else name,
-        state,
-        names,
-        is_leaf=lambda x: x is None,
-    )
-    assert found.remainder == {"w": None}
-    assert found.inner_state[0].mu == names
+    found = optax.tree.map_params(optimizer, lambda x, name: name, state, names)
+    assert found.remainder == found.inner_state[0].mu == names
 
 
 def test_strict_promotion_cannot() -> None:
