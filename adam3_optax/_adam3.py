@@ -380,7 +380,7 @@ def scale_by_adam3(
         _check_state(state, formats)
         count = optax.safe_increment(state.count)
         lam_t, tau_t = lam_at(state.count), tau_at(state.count)
-        h = _rule.Hyperparameters(b1, b2, b3, lam_t, tau_t, eps, eps_root)
+        h = (b1, b2, b3, lam_t, tau_t, eps, eps_root)
         # Once a step and dtype, not once a leaf: this would dominate compile time.
         coefficients = functools.cache(functools.partial(_rule.coefficients, h, count))
 
@@ -507,9 +507,8 @@ def _check_state(state: Any, formats: Moments[Format]) -> None:
     for name, field, f in zip(_formats.NAMES, state.moments, formats, strict=True):
         if not _formats.fits(f, field):
             raise ValueError(
-                f"the state's {name} is not stored as {name}_dtype says. If made with "
-                "other settings, or third_moment=None, use convert_state. If cast, by "
-                "a loader or optax.tree.cast, restore it in its dtypes."
+                f"the state's {name} is not stored as {name}_dtype says. If it has "
+                f"other settings, or no third moment, use convert_state. {_trees.CAST}"
             )
 
 
@@ -517,7 +516,8 @@ def _check_gradient(path: Any, g: Array, stored: Any, formats: Any) -> None:
     """Raises if a gradient is of no real dtype, or does not fit the moments."""
     where = f"updates{keystr(path)}"
     if not jnp.issubdtype(g.dtype, jnp.floating):
-        raise ValueError(f"{where} must be of a real floating type, got {g.dtype}")
+        given = "float0: give None" if g.dtype == jax.dtypes.float0 else g.dtype
+        raise ValueError(f"{where} must be of a real floating type, got {given}")
     for name, leaf, f in zip(_formats.NAMES, stored, formats, strict=True):
         shape = getattr(leaf, "shape", None)
         if shape != g.shape and f != Absent():

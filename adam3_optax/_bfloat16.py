@@ -158,8 +158,7 @@ def bfloat16_parameters(
                 raise ValueError(
                     f"the state of params{keystr(path)} has remainder {made_with}, and "
                     f"the optimizer {remainder}. To change it, use "
-                    "to_float32_parameters, then to_bfloat16_parameters. If it was "
-                    "cast, by a loader or optax.tree.cast, restore it in its dtypes."
+                    f"to_float32_parameters, then to_bfloat16_parameters. {_trees.CAST}"
                 )
             _check_fits(path, param, kept[i])
             if _is_narrow(param):

@@ -17,6 +17,7 @@ from jax import Array
 
 from adam3_optax import _rounding, _xla
 from adam3_optax._rule import Form, Moments, Sigma
+from adam3_optax._trees import CAST
 
 # None, "float32", "bfloat16", "float8", or the dtype of that name.
 DTypeSetting = jax.typing.DTypeLike | None
@@ -180,12 +181,8 @@ class Absent(Format):
 
 
 # What users pass as m_dtype, v_dtype and s_dtype. "float8" depends on the moment.
-SETTINGS: dict[Any, Format | None] = {
-    None: Wide(),
-    "float32": Float32(),
-    "bfloat16": BFloat16(),
-    "float8": None,
-}
+SETTINGS: dict[Any, Any] = {None: Wide(), "float32": Float32(), "bfloat16": BFloat16()}
+SETTINGS["float8"] = None
 _WHY_NOT = {
     "float16": " (in which (g - m)³ underflows at |g| = 1e-3)",
     "int8": ". For 8 bits use 'float8', which needs no scales",
@@ -226,7 +223,7 @@ def formats_for(form: Form | None, *settings: DTypeSetting) -> Moments[Format]:
     if form is not None and form.bounded and isinstance(v, UnsignedFloat8):
         raise ValueError(
             "v_dtype='float8' is too noisy for third_moment='standardized': its "
-            "skewness would be 50 to 74% too large. Use v_dtype='bfloat16'."
+            "skewness would be 30 to 64% too large. Use v_dtype='bfloat16'."
         )
     return Moments(m, v, Absent() if form is None else s)
 
@@ -236,14 +233,12 @@ def formats_of(fields: Moments[Field], form: Form | None) -> Moments[Format]:
 
     def find(name: Name, field: Field) -> Format:
         for f in (*SETTINGS.values(), Absent()):
-            f = f or _float8(name, form)
-            if fits(f, field):
-                return f
+            if fits(f or _float8(name, form), field):
+                return f or _float8(name, form)
         types = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(field)})
         raise ValueError(
             f"the state's {name} is of {', '.join(types)}; it must be stored in "
-            "float32, float64, bfloat16 or float8. If it was cast, by a loader or "
-            "optax.tree.cast, restore it in its dtypes, and use convert_state."
+            f"float32, float64, bfloat16 or float8. {CAST}"
         )
 
     return Moments(*map(find, NAMES, fields))

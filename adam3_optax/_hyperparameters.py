@@ -127,8 +127,7 @@ def warn_of_float8(
         elif isinstance(b2, float):
             room = (1 - b2) * (1 - b1**2 / b2) if b1**2 < b2 else 0.0
             if (1 - b1) ** 2 > 112**2 * room:
-                given = f"b1 = {b1:g} and b2 = {b2:g}"
-                why["m"] = f"with {given}, |m|/sqrt(v) can exceed 112"
+                why["m"] = f"with b1 = {b1:g}, b2 = {b2:g} |m|/sqrt(v) can exceed 112"
     is_known = all(isinstance(b, float) for b in (b1, b2, b3))
     if isinstance(formats.s, Float8) and form is FORMS["cubic"] and is_known:
         first = (1 - b3) * b1**3 / (1 - b2) ** 1.5  # s/sqrt(v)³ at step 1

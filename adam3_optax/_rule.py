@@ -25,18 +25,6 @@ class Moments(NamedTuple, Generic[T]):
     s: T
 
 
-class Hyperparameters(NamedTuple):
-    """What the user chose: Python floats, or traced scalars."""
-
-    b1: Scalar
-    b2: Scalar
-    b3: Scalar
-    lam: Scalar
-    tau: Scalar
-    eps: Scalar
-    eps_root: Scalar
-
-
 class Coefficients(NamedTuple):
     """The scalars of step t, in the type computed in.
 
@@ -87,8 +75,11 @@ class Form:
     bounded: bool
 
 
-def coefficients(h: Hyperparameters, t: Array, dtype: Any) -> Coefficients:
-    """Returns the scalars of step `t` (counted from 1) in the type computed in."""
+def coefficients(h: tuple[Scalar, ...], t: Array, dtype: Any) -> Coefficients:
+    """Returns the scalars of step t (counted from 1), in the type computed in.
+
+    h is (b1, b2, b3, lam, tau, eps, eps_root): Python floats, or traced scalars.
+    """
 
     def cast(x: Scalar) -> Any:
         return x if isinstance(x, float) else x.astype(dtype)
@@ -100,7 +91,7 @@ def coefficients(h: Hyperparameters, t: Array, dtype: Any) -> Coefficients:
     # division by a reciprocal for some shapes only, and results would depend on them.
     c = [1.0 / _one_minus_power(x, t.astype(dtype)) for x in a]
     k = [*map(cast, h[:3]), *a, *c, *map(cast, h[3:])]
-    if isinstance(h.eps_root, float) and h.eps_root == 0.0:
+    if isinstance(h[-1], float) and h[-1] == 0.0:
         k[-1] = None
     return Coefficients(*k)
 

@@ -86,9 +86,8 @@ class ThirdMomentReport(Report):
         median ratio |b_t|/|m̂| above 1; half or more clipped; a median ratio below
         0.001; none of these.
         """
-        x = self.scalars("")
-        ratio, clipped = float(self.on_host().overall.ratio), x["clipped"]
-        silent = x["without_effect"]
+        x, ratio = self.scalars(""), float(self.on_host().overall.ratio)
+        clipped, silent = x["clipped"], x["without_effect"]
         found, nothing = f"median ratio {ratio:.0e}", "third moment changes nothing"
         if not x["elements"]:
             return "No element has had a gradient yet: there is nothing to say."
@@ -107,8 +106,8 @@ class ThirdMomentReport(Report):
             )
         if ratio > 1:
             return (
-                f"The skewness term outweighs the momentum: {found}. Most steps follow "
-                "the skewness; a smaller lam or tau would change that."
+                f"The skewness term outweighs the momentum: {found}; a smaller lam or "
+                "tau would change that."
             )
         if clipped >= 0.5:
             return (
@@ -116,13 +115,10 @@ class ThirdMomentReport(Report):
                 f"where only its sign counts: {found}."
             )
         if ratio < 1e-3:
-            return (
-                f"The third moment hardly shifts the momentum: {found}, too little to "
-                "matter in most elements."
-            )
+            return f"The third moment hardly shifts the momentum: {found}, too little."
         return (
-            f"The third moment shifts the momentum: {found}, by {percent(ratio)} of it "
-            "in the median element. Only a run with lam=0 tells whether that helps."
+            f"The third moment shifts the momentum: {found}, by {percent(ratio)} of "
+            "it. Only a run with lam=0 tells whether that helps."
         )
 
 
@@ -221,9 +217,8 @@ def third_moment_report(
                 f"{missing} must be given, as to the optimizer: its state has none"
             )
         t = jnp.maximum(adam3.count, 1)
-        values = {name: hp.value_at(name, known[name])(t - 1) for name in chosen}
-        h = _rule.Hyperparameters(**values, eps=0.0, eps_root=0.0)
-        lams.append(jnp.abs(jnp.asarray(h.lam, jnp.float32)))
+        h = (*(hp.value_at(x, known[x])(t - 1) for x in chosen), 0.0, 0.0)
+        lams.append(jnp.abs(jnp.asarray(h[3], jnp.float32)))
         # Not inside jit, where Python floats become float32 and 1 - b loses digits.
         coefficients = functools.cache(functools.partial(_rule.coefficients, h, t))
         for keys, stored in stored_leaves(adam3):

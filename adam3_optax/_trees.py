@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.tree_util import PyTreeDef
 
+CAST = "If it was cast, by a loader or optax.tree.cast, restore it in its dtypes."
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
@@ -32,11 +33,9 @@ def check_not_stacked(state: Any) -> None:
             f"the state's count has shape {jnp.shape(count)}: it is the state of "
             "several optimizers, as made by jax.vmap. Use it inside jax.vmap."
         )
-    if not jnp.issubdtype(jnp.result_type(count), jnp.integer):
-        raise ValueError(
-            f"the state's count is {jnp.result_type(count)}, and must be an integer. "
-            "If it was cast, by a loader or optax.tree.cast, restore it in its dtypes."
-        )
+    dtype = jnp.result_type(count)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"the state's count must be an integer, not {dtype}. {CAST}")
 
 
 def choices(mask: Any, params: Any) -> list[bool]:

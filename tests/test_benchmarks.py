@@ -115,7 +115,9 @@ def test_from_measurement_to_figures(tmp_path: Path) -> None:
         assert (total > 0).all()
         assert (total <= np.array(row["seconds"])).all()
 
-    run("memory.py", "--parameters", "8000000", "--only", "cubic, float32", "--out", out)
+    run(
+        "memory.py", "--parameters", "8000000", "--only", "cubic, float32", "--out", out
+    )
     assert (tmp_path / "results.jsonl").read_bytes().startswith(first)
     peaks = {x["arm"]: x for x in lines(tmp_path) if x["measure"] == "memory"}
     assert set(peaks) == {"optax.adam", "adam3 cubic, float32"}
@@ -377,7 +379,10 @@ def test_memory_goes_on_where_one_does_not_fit(
         return {"leaves": 1, "parameters": 80_000, "peak_bytes": 20.0}
 
     monkeypatch.setattr(memory, "child", child)
-    assert memory.main(["--quick", "--only", "cubic, float32", "--out", str(tmp_path)]) == 1
+    assert (
+        memory.main(["--quick", "--only", "cubic, float32", "--out", str(tmp_path)])
+        == 1
+    )
     assert "not measured: optax.adam: out of memory" in capsys.readouterr().out
     assert [x.get("arm") for x in lines(tmp_path)] == [None, "adam3 cubic, float32"]
 

@@ -278,9 +278,10 @@ def test_the_optimizer_draws_apart(storage: Any) -> None:
 @EACH_FORM
 @EACH_ROUNDED
 def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> None:
-    h = _rule.Hyperparameters(0.9, 0.99, 0.98, 0.5, 1.0, 1e-8, 0.0)
-    rest: Any = {**h._asdict(), "third_moment": form, **storage}
-    optimizer = scale_by_adam3(rest.pop("b1"), rest.pop("b2"), **rest)
+    h = (0.9, 0.99, 0.98, 0.5, 1.0, 1e-8, 0.0)
+    b1, b2, b3, lam, tau, *_ = h
+    rest: Any = {"b3": b3, "lam": lam, "tau": tau, "third_moment": form, **storage}
+    optimizer = scale_by_adam3(b1, b2, **rest)
     record = _rule.FORMS[form]
     formats = _formats.formats_for(record, *storage.values())
     rng = np.random.default_rng(0)

@@ -217,7 +217,7 @@ def test_a_stacked_report_is_named() -> None:
         report(state)
     stacked = jax.vmap(report)(state)
     for method in (stacked.scalars, stacked.verdict, stacked.table):
-        with pytest.raises(ValueError, match="jax.vmap made several reports"):
+        with pytest.raises(ValueError, match=r"jax\.vmap made several reports"):
             method()
     one = jax.tree.map(lambda x: x[2], stacked)
     assert one.table() == report(jax.tree.map(lambda x: x[2], state)).table()

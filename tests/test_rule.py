@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adam3_optax import ScaleByAdam3State, scale_by_adam3
-from adam3_optax._rule import Hyperparameters, coefficients, standard_deviation
+from adam3_optax._rule import coefficients, standard_deviation
 from tests import reference
 from tests.reference import Setting
 from tests.settings import BOUNDED, EACH_FORM, FORMS, UNBOUNDED
@@ -194,7 +194,7 @@ def test_derivatives_by_a_decay_of_zero(form: Any) -> None:
 def test_bias_corrections_keep_their_digits(b: float) -> None:
     # 3 ulp, the bound that `reference.float32_bounds` builds on; the subtraction
     # 1 - b**t is off by thousands at b = .99999.
-    h = Hyperparameters(b, b, b, 0.0, 1.0, 0.0, 0.0)
+    h = (b, b, b, 0.0, 1.0, 0.0, 0.0)
     ts = np.unique(np.concatenate([np.arange(1, 50), np.geomspace(50, 2**31 - 1, 200)]))
     ts = ts.astype(np.int32)
     got = jax.vmap(lambda t: coefficients(h, t, jnp.float32).c1)(jnp.asarray(ts))
@@ -389,7 +389,7 @@ def test_where_a_skewness_begins() -> None:
     # Above 2²⁴ times the smallest normal number, and not at it.
     edge = np.float32(2.0**24) * np.finfo(np.float32).tiny
     v = np.stack([0 * edge, edge / 2, edge, np.nextafter(edge, np.float32(1))])
-    h = Hyperparameters(0.0, 0.0, 0.0, 0.1, 1.0, 0.0, 0.0)
+    h = (0.0, 0.0, 0.0, 0.1, 1.0, 0.0, 0.0)
     k = coefficients(h, jnp.int32(1), jnp.float32)
     sigma, inverse, seen = standard_deviation(jnp.asarray(v), None, k)
     assert seen.tolist() == [False, False, False, True]

@@ -28,7 +28,8 @@ MARGIN = 0.005  # nats a character
 BASELINE = "float32"
 REMAINDERS = (None, "int8", "int16")
 STATES = (BASELINE, "float32, rate times 1.07", "bfloat16", "float8, v bfloat16")
-STATES += ("float8", "bfloat16 alone", *(f"bfloat16, remainder {x}" for x in REMAINDERS))
+STATES += ("float8", "bfloat16 alone")
+STATES += tuple(f"bfloat16, remainder {x}" for x in REMAINDERS)
 PEAK_RATE = 4e-3  # of the schedule; the update is that of the chain, decay included
 
 
