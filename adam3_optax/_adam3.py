@@ -193,6 +193,8 @@ def _add_decayed_weights(weight_decay: hp.ScalarOrSchedule, mask: Any) -> Any:
     plain = optax.add_decayed_weights(rate_at if is_schedule else 0.0)
 
     def init(params: optax.Params) -> optax.OptState:
+        # What does not fit shows at once.
+        _trees.choices(mask(params) if callable(mask) else mask, params)
         state = plain.init(params)
         return state if mask is None else optax.MaskedState(state)
 

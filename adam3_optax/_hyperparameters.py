@@ -132,8 +132,7 @@ def warn_of_float8(
     if isinstance(formats.s, Float8) and form is FORMS["cubic"] and is_known:
         first = (1 - b3) * b1**3 / (1 - b2) ** 1.5  # s/sqrt(v)³ at step 1
         if first > 448:
-            given = f"b1 = {b1:g}, b2 = {b2:g} and b3 = {b3:g}"
-            why["s"] = f"with {given}, s/sqrt(v)³ is {first:.0f} at step 1, beyond 448"
+            why["s"] = f"with its decays s/sqrt(v)³ is {first:.0f} at step 1, past 448"
     for name, reason in why.items():
         remedy = f"Use {name}_dtype='bfloat16'."
         _warn(f"float8 does not fit this {name}: {reason}. {remedy}", Float8Warning)

@@ -86,12 +86,12 @@ class ThirdMomentReport(Report):
         median ratio |b_t|/|m̂| above 1; half or more clipped; a median ratio below
         0.001; none of these.
         """
-        x, ratio = self.scalars(""), float(self.on_host().overall.ratio)
-        clipped, silent = x["clipped"], x["without_effect"]
+        x = self.on_host().overall
+        ratio, clipped, silent = map(float, (x.ratio, x.clipped, x.without_effect))
         found, nothing = f"median ratio {ratio:.0e}", "third moment changes nothing"
-        if not x["elements"]:
+        if not x.elements:
             return "No element has had a gradient yet: there is nothing to say."
-        if math.isnan(x["ratio_tail"]):
+        if math.isnan(x.ratio_tail):
             return "The state holds NaN: there is nothing to say of the third moment."
         if not float(self.lam):
             return f"The {nothing}, for lam is 0: this step is Adam's."
@@ -102,7 +102,7 @@ class ThirdMomentReport(Report):
                 remedy = "rescale the loss, or use third_moment='standardized'"
             return (
                 f"With these gradients the {nothing}{where}: "
-                f"{found}, 0.999 quantile {x['ratio_tail']:.0e}; {remedy}."
+                f"{found}, 0.999 quantile {x.ratio_tail:.0e}; {remedy}."
             )
         if ratio > 1:
             return (

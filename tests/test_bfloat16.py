@@ -522,7 +522,7 @@ def test_in_and_out_loses_nothing_and_takes_a_mask() -> None:
     with pytest.raises(ValueError, match="mask must be a tree like params, or a pref"):
         to_bfloat16_parameters(masters, state, {"w": True})
     other = {"w": jnp.ones((4, 17)), "b": jnp.ones(16)}
-    with pytest.raises(ValueError, match=r"params\['w'\] has shape \(4, 17\), and its"):
+    with pytest.raises(ValueError, match=r"\['w'\] is .*shape \(4, 17\), and its"):
         to_bfloat16_parameters(other, now)
     with pytest.raises(ValueError, match=r"params\['w'\] is bfloat16 of shape \(4, 17"):
         to_float32_parameters({**other, "w": other["w"].astype(BF16)}, now)
@@ -609,7 +609,7 @@ def test_a_state_of_another_setting_is_refused(remainder: Any, other: Any) -> No
         optimizer.update(params, state, params)
         return
     with pytest.raises(
-        ValueError, match=rf"params\['w'\] was made with remainder={remainder!r}, and"
+        ValueError, match=rf"params\['w'\] has remainder {remainder}, and"
     ):
         optimizer.update(params, state, params)
 
