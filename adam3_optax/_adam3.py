@@ -509,8 +509,8 @@ def _check_state(state: Any, formats: Moments[Format]) -> None:
     for name, field, f in zip(_formats.NAMES, state.moments, formats, strict=True):
         if not _formats.fits(f, field):
             raise ValueError(
-                f"the state's {name} is not stored as {name}_dtype says. If it has "
-                f"other settings, or no third moment, use convert_state. {_trees.CAST}"
+                f"the state's {name} is not stored as {name}_dtype says. For other "
+                f"settings, or third_moment=None, use convert_state. {_trees.CAST}"
             )
 
 
