@@ -448,7 +448,7 @@ def _step_leaf(
         return _rule.update_m(wide(g), load(formats.m, m, sigma_of(v)), k)
 
     def new_v(g: Array, v: Any) -> tuple[Array, Any]:
-        """Returns v_t, exact and stored. It is rounded alike however often."""
+        """Returns v_t, exact and stored. Each use has the same random bits."""
         v_t = _rule.update_v(wide(g), load(formats.v, v), k)
         return v_t, store(formats.v, v_t, v, None, bits.v)
 

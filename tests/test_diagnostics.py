@@ -239,7 +239,7 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"count has shape .* of several"):
         third_moment_report(stacked, **CUBIC)
     short = jax.tree.map(lambda x: x.astype(jnp.float16), state)
-    with pytest.raises(ValueError, match="the state's count must be an integer, not float16"):
+    with pytest.raises(ValueError, match="the state's count must be an integer"):
         third_moment_report(short, **CUBIC)
     short = (short[0]._replace(count=state[0].count), *short[1:])
     with pytest.raises(ValueError, match=r"the state's . is of float16; it must be"):
