@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adam3_optax
@@ -92,7 +92,7 @@ def test_what_is_made_of_such_a_class(standard_promotion: None) -> None:
             assert low["a"].w.dtype == BF16
             wide = adam3_optax.to_float32_parameters(low, kept)
             np.testing.assert_array_equal(wide["b"].w, params["b"].w)
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, P())
     where = adam3_optax.state_shardings(optimizer, params, everywhere)
     assert where[0].m["a"].w == everywhere
@@ -165,13 +165,16 @@ MEMBERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-@pytest.mark.parametrize("spmd_axis_name", [None, "e"])
+# JAX 0.8 refuses the name on an explicit mesh.
+@pytest.mark.parametrize(
+    "spmd_axis_name", [None, "e"][: 1 + (jax.__version_info__ >= (0, 10))]
+)
 def test_members_may_be_split_over_a_mesh(
     name: str, spmd_axis_name: Any, standard_promotion: None
 ) -> None:
     optimizer = MEMBERS[name]
     dtype = BF16 if "remainder" in name else jnp.float32
-    mesh = jax.make_mesh((4,), ("e",))  # explicit is the default
+    mesh = jax.make_mesh((4,), ("e",), axis_types=(AxisType.Explicit,))
     here = NamedSharding(mesh, P("e"))
     members = jnp.arange(1.0, 129.0).reshape(4, 1, 32).astype(dtype)
     init = jax.vmap(optimizer.init, spmd_axis_name=spmd_axis_name)
@@ -187,7 +190,7 @@ def test_members_may_be_split_over_a_mesh(
 
 def test_members_may_be_split_by_shard_map(standard_promotion: None) -> None:
     optimizer = MEMBERS["float8"]
-    mesh = jax.make_mesh((4,), ("e",))
+    mesh = jax.make_mesh((4,), ("e",), axis_types=(AxisType.Explicit,))
     members = jnp.arange(1.0, 129.0).reshape(4, 1, 32)
 
     def train(p: Any) -> Any:
