@@ -104,12 +104,12 @@ def update_m(g: Array, m: Array, k: Coefficients) -> Array:
 def update_v(g: Array, v: Array, k: Coefficients) -> Array:
     """Returns v_t from the gradient and v of step t - 1."""
     # This is the average of g², with g² clipped to `limit` if g is finite. If g itself
-    # were clipped, or b2·v had two uses, XLA would fuse the sum in another order, and v
-    # would differ from optax.adam's in the last bit.
+    # were clipped, or the minimum left out, XLA would fuse the sum in another order in
+    # some programs, and v would differ from optax.adam's in the last bit.
     limit = float(jnp.finfo(g.dtype).max) / 4
     average = k.a2 * g**2 + k.b2 * v
     is_clipped = (jnp.abs(g) > limit**0.5) & (jnp.abs(g) < jnp.inf)
-    return jnp.where(is_clipped, v + k.a2 * (limit - v), average)
+    return jnp.where(is_clipped, jnp.minimum(average, k.a2 * limit + k.b2 * v), average)
 
 
 def update_s(g: Array, m: Array, s: Array, k: Coefficients, form: Form) -> Array:
