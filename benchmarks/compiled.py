@@ -168,9 +168,9 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
                 params = trees(dtype)[name]()
                 # What a process does once is done before the first is timed.
                 measured(optax.adam(common.RATE), params, everywhere)
-                arms = chosen if (dtype, name) == ("float32", "one") else few
+                arms = chosen if name == "one" else few
                 if (dtype, name) == ("bfloat16", "one"):
-                    arms = arms | common.chosen(options, wrapped())
+                    arms = common.chosen(options, wrapped())
                 for arm, make in arms.items():
                     cell = {"device": device, "dtype": dtype, "tree": name, "arm": arm}
                     yield cell, functools.partial(measured, make(), params, everywhere)

@@ -19,8 +19,9 @@ H100, A100 = "h100", "a100"  # the A100 has no instructions for float8
 # of its libraries. Source: h100_sxm.txtpb and a100_sxm_80.txtpb in openxla/xla,
 # xla/backends/gpu/target_config/specs, and CUDA 12.8.
 GPUS = {
-    H100: """
-  name: "NVIDIA H100 80GB HBM3"
+    H100: (
+        "NVIDIA H100 80GB HBM3",
+        """
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
   core_count: 132
   fpus_per_core: 128
@@ -31,8 +32,10 @@ GPUS = {
   shared_memory_per_core: 233472
   shared_memory_per_block_optin: 232448
 """,
-    A100: """
-  name: "NVIDIA A100-SXM4-80GB"
+    ),
+    A100: (
+        "NVIDIA A100-SXM4-80GB",
+        """
   cuda_compute_capability { major: 8 feature_extension: NONE }
   core_count: 108
   fpus_per_core: 64
@@ -43,6 +46,7 @@ GPUS = {
   shared_memory_per_core: 167936
   shared_memory_per_block_optin: 166912
 """,
+    ),
 }
 EVERY_GPU = """
   device_vendor: "NVIDIA Corporation"
@@ -96,10 +100,12 @@ def devices(name: str, shape: str = "2x2") -> Any:
         return topologies.get_topology_desc(
             platform="tpu", topology_name=f"{name}:{shape}{three}"
         ).devices
+    kind, facts = GPUS[name]
     described = f"""
 platform_name: "CUDA"
+device_description_str: "{kind}"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-gpu_device_info {{{GPUS[name]}{EVERY_GPU}}}
+gpu_device_info {{ name: "{kind}" {facts}{EVERY_GPU}}}
 """
     with _cuda_without_a_gpu():
         return topologies.get_topology_desc(

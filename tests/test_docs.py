@@ -139,10 +139,10 @@ def test_factories_document_every_argument_and_run_an_example() -> None:
 RECORDS = {
     "benchmarks/records/2026-11-29_low_precision": {"low_precision": [16]},
     "benchmarks/records/2026-11-25_bfloat16_parameters": {"low_precision": [5]},
-    "benchmarks/records/2026-11-23_speed": {"speed": [15]},
-    "benchmarks/records/2026-11-25_compiled": {
-        "speed": [20, 50, 5],
-        "low_precision": [27],
+    "benchmarks/records/2026-11-23_speed": {"speed": [12]},
+    "benchmarks/records/2026-11-29_compiled": {
+        "speed": [23, 24, 6],
+        "low_precision": [18],
     },
     "studies/records/2026-11-23_main_2": {"evidence": [11]},
     "studies/records/2026-11-27_fair": {"evidence": [6, 10, 6, 6, 6, 6, 6]},

@@ -10,10 +10,6 @@ from benchmarks import common
 from benchmarks.compiled_record import DEVICES, Row, Rows, arms, every, read
 from studies.study.markdown import table
 
-TREES = {
-    "one": "one matrix of 16,384²",
-    "gpt2": "GPT-2 small, 148 leaves",
-}
 MESH_ARMS = (
     common.BASELINE,
     *(f"adam3 cubic, {name}" for name in common.SETTINGS),
@@ -48,29 +44,19 @@ def one_matrix(rows: Rows, counted: dict[tuple[str, str], Row]) -> str:
     return table(head, lines)
 
 
-def trees(rows: Rows) -> str:
-    """Returns bytes and kernels on a tree of many leaves, or of bfloat16 parameters."""
-    head = ["device, parameters, tree", "optimizer and state", "bytes"]
+def many_leaves(rows: Rows) -> str:
+    """Returns bytes and kernels on the tree of GPT-2 small."""
+    head = ["device, parameters", "optimizer and state", "bytes"]
     head += ["least possible, without padding", "kernels", "temporary"]
     lines = []
     for device, title in DEVICES.items():
         for dtype in common.DTYPES:
-            for tree, name in TREES.items():
-                for arm in MESH_ARMS:
-                    row = rows.get((device, dtype, tree, arm))
-                    if row is None or (dtype, tree) == ("float32", "one"):
-                        continue
-                    where = f"{title}, {dtype}, {name}" * (arm == MESH_ARMS[0])
-                    lines.append(
-                        [
-                            where,
-                            arm,
-                            shown(row, "hbm"),
-                            shown(row, "floor"),
-                            shown(row, "kernels", 0),
-                            shown(row, "temporary"),
-                        ]
-                    )
+            for arm in MESH_ARMS:
+                row = rows.get((device, dtype, "gpt2", arm))
+                where = f"{title}, {dtype}" * (arm == MESH_ARMS[0])
+                cells = [shown(row, "hbm"), shown(row, "floor")]
+                cells += [shown(row, "kernels", 0), shown(row, "temporary")]
+                lines.append([where, arm, *cells])
     return table(head, lines)
 
 
@@ -133,5 +119,5 @@ def tables(folder: Path) -> list[str]:
     rows = read(folder)
     counted = every(folder, "instructions.jsonl", "instructions")
     times = every(folder, "results.jsonl", "compile")
-    made = [one_matrix(rows, counted), trees(rows), meshes(rows)]
+    made = [one_matrix(rows, counted), many_leaves(rows), meshes(rows)]
     return [*made, *([compile_times(times)] if times else []), wrapped(rows)]
