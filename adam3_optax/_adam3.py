@@ -193,8 +193,8 @@ def _add_decayed_weights(weight_decay: hp.ScalarOrSchedule, mask: Any) -> Any:
     plain = optax.add_decayed_weights(rate_at if is_schedule else 0.0)
 
     def init(params: optax.Params) -> optax.OptState:
-        # What does not fit shows at once.
-        _trees.choices(mask(params) if callable(mask) else mask, params)
+        if jax.tree.leaves(params):  # `optax.tree.map_params` has a placeholder
+            _trees.choices(mask(params) if callable(mask) else mask, params)
         state = plain.init(params)
         return state if mask is None else optax.MaskedState(state)
 
@@ -518,8 +518,7 @@ def _check_gradient(path: Any, g: Array, stored: Any, formats: Any) -> None:
     """Raises if a gradient is of no real dtype, or does not fit the moments."""
     where = f"updates{keystr(path)}"
     if not jnp.issubdtype(g.dtype, jnp.floating):
-        given = "float0: give None" if g.dtype == jax.dtypes.float0 else g.dtype
-        raise ValueError(f"{where} must be of a real floating type, got {given}")
+        raise ValueError(f"{where} must be real and floating, or None; got {g.dtype}")
     for name, leaf, f in zip(_formats.NAMES, stored, formats, strict=True):
         shape = getattr(leaf, "shape", None)
         if shape != g.shape and f != Absent():
