@@ -39,9 +39,10 @@ def random_bits(count: ArrayLike, key: ArrayLike, like: Array) -> Array:
     """
     count = jnp.asarray(count).astype(jnp.uint32)
     # Use one of the key's two numbers: which one depends on the count, so XLA cannot
-    # compute it ahead of time. If it could, each leaf's kernel would contain a constant
-    # of its own, leaves of one shape could not share a kernel, and 1,000 leaves would
-    # compile several times slower.
+    # compute the product ahead of time. They are chosen, not looked up: a lookup would
+    # be a gather where the count is batched and split over an explicit mesh. The price
+    # is that on a GPU leaves of one shape have kernels of their own, and compile twice
+    # as long.
     key = jnp.asarray(key)
     # Start from the leaf's own number. If leaves shared a sum of the seed and the rows,
     # XLA on a GPU would merge their kernels, and take twice as long to compile. For the
