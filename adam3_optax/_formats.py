@@ -134,14 +134,12 @@ class Float8(Format):
         return x * value * (value * value if self.power == 3.0 else jnp.sqrt(value))
 
     def store(self, x: Array, sigma: Any, bits: Any) -> Any:
-        inverse = sigma.inverse  # wider than x where v is float64
-        x = _rounding.without_derivative(x).astype(inverse.dtype)
-        x = x * inverse
+        # The inverse is wider than x where v is float64.
+        x = _rounding.without_derivative(x).astype(sigma.inverse.dtype) * sigma.inverse
         if self.power != 1.0:
-            x *= inverse
-            x = x * inverse if self.power == 3.0 else x * jnp.sqrt(sigma.value)
-        x = x.astype(jnp.float32)
-        return _rounding.to_float8(x, self.exponent, bits)
+            x *= sigma.inverse
+            x *= sigma.inverse if self.power == 3.0 else jnp.sqrt(sigma.value)
+        return _rounding.to_float8(x.astype(jnp.float32), self.exponent, bits)
 
 
 class UnsignedFloat8(Format):

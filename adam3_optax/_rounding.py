@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from adam3_optax import _xla
 from adam3_optax._rule import Moments
 
 Key = np.ndarray  # two numbers of 32 bits
@@ -39,11 +40,11 @@ def random_bits(count: ArrayLike, key: ArrayLike, like: Array) -> Array:
     """
     count = jnp.asarray(count).astype(jnp.uint32)
     # Use one of the key's two numbers: which one depends on the count, so XLA cannot
-    # compute the product ahead of time. They are chosen, not looked up: a lookup would
-    # be a gather where the count is batched and split over an explicit mesh. The price
-    # is that on a GPU leaves of one shape have kernels of their own, and compile twice
-    # as long.
-    key = jnp.asarray(key)
+    # compute the product ahead of time. If it could, or knew the numbers, each leaf's
+    # kernel would contain constants of its own, leaves of one shape could not share a
+    # kernel, and many leaves would compile several times slower. They are chosen, not
+    # looked up, because a count that is split over an explicit mesh cannot index.
+    key = _xla.opaque(jnp.asarray(key))
     # Start from the leaf's own number. If leaves shared a sum of the seed and the rows,
     # XLA on a GPU would merge their kernels, and take twice as long to compile. For the
     # same reason nothing is multiplied inside the sum but the strides.

@@ -1,4 +1,4 @@
-"""What is written for XLA's compilers alone. Without it results are the same numbers.
+"""What is written for XLA's compilers alone. It changes results by rounding at most.
 
 An accelerator writes all moments of a leaf in one kernel. A CPU has a kernel for each.
 So a CPU needs an order, or it keeps what two kernels share in memory.
@@ -29,8 +29,20 @@ def _barrier(stored: Any, later: Any) -> tuple[Any, Any]:
     return ordered if types[0] == types[1] else (stored, later)
 
 
+def opaque(x: Array) -> Array:
+    """Returns x, a constant, as something that XLA reads and does not compute with.
+
+    So kernels that differ in it alone are one. On a TPU each would be two, so there it
+    stays a constant.
+    """
+    return lax.platform_dependent(x, tpu=lambda x: x, default=lax.optimization_barrier)
+
+
 def inverse_root(x: Array) -> tuple[Array, Array]:
-    """Returns sqrt(x) and 1/sqrt(x) of x > 0, in the way that is fastest."""
+    """Returns sqrt(x) and 1/sqrt(x) of x > 0, in the way that is fastest.
+
+    They differ by rounding between platforms.
+    """
 
     def by_root(x: Array) -> tuple[Array, Array]:
         root = jnp.sqrt(x)
