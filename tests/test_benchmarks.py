@@ -503,3 +503,16 @@ def test_the_torch_loop_is_the_cubic_rule() -> None:
         params = optax.apply_updates(params, updates)
         script("pytorch_cpu").adam3_leaf(p, torch.tensor(g), mvs, t, 1e-3)
     np.testing.assert_allclose(p.numpy(), params, rtol=1e-5)
+
+
+def test_the_accuracy_of_float8_is_measured_against_float32() -> None:
+    float8 = script("float8")
+    rows = {x["state"]: x for x in float8.follow("normal", float8.normal, [(1, 30)])}
+    exact = rows.pop("float32")
+    assert (exact["error"], exact["slope"]) == (0, 1)
+    for state, row in rows.items():
+        assert 0 < row["error"] < 0.5, state
+        assert row["slope"] == pytest.approx(1, abs=0.1), state
+    assert rows["bfloat16"]["error"] < min(
+        row["error"] for state, row in rows.items() if "float8" in state
+    )
