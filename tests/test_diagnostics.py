@@ -414,7 +414,9 @@ def test_sharded_leaves_stay(kind: Any, spec: Any) -> None:
         lambda x: jax.device_put(x, where if x.ndim == 2 else whole), state
     )
     jitted = jax.jit(lambda state: third_moment_report(state, **CUBIC))
-    assert scalars(jitted(split)) == scalars(third_moment_report(state, **CUBIC))
+    # An Auto mesh sums in the order of its parts, so the last digit may differ.
+    want = scalars(third_moment_report(state, **CUBIC))
+    assert scalars(jitted(split)) == pytest.approx(want, rel=1e-6)
     program = jitted.lower(split).compile().as_text() or ""
     call = r"= \(?\w+\[([\d,]*)\]\S* (all|reduce-scatter|collective)[\w-]*\("
     shapes = [found[1] for found in re.finditer(call, program)]

@@ -370,7 +370,7 @@ def test_gradients_of_every_usual_size(form: Any, scale: float) -> None:
 
 
 @EACH_FORM
-@pytest.mark.parametrize("size", [1e13, 1e18, 1e30, 1e-13, 1e-18, 1e-30])
+@pytest.mark.parametrize("size", [1e13, 1e14, 1e18, 1e30, 1e-13, 1e-18, 1e-30])
 def test_gradients_of_every_size_give_no_nan(form: Any, size: float) -> None:
     # sigma³ overflows above 7e12, and 0 times infinity would be NaN for ever.
     optimizer = scale_by_adam3(third_moment=form, **M_S)
