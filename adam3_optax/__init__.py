@@ -16,16 +16,22 @@ from adam3_optax._bfloat16 import BFloat16ParametersState as BFloat16ParametersS
 from adam3_optax._bfloat16 import bfloat16_parameters as bfloat16_parameters
 from adam3_optax._bfloat16 import to_bfloat16_parameters as to_bfloat16_parameters
 from adam3_optax._bfloat16 import to_float32_parameters as to_float32_parameters
+from adam3_optax._bfloat16_state import BFloat16State as BFloat16State
+from adam3_optax._bfloat16_state import bfloat16_state as bfloat16_state
 from adam3_optax._convert import convert_state as convert_state
 from adam3_optax._convert import from_adam_state as from_adam_state
 from adam3_optax._convert import to_adam_state as to_adam_state
 from adam3_optax._hyperparameters import BlowUpWarning as BlowUpWarning
 from adam3_optax._hyperparameters import Float8Warning as Float8Warning
+from adam3_optax._lost_updates_report import LostUpdates as LostUpdates
 from adam3_optax._lost_updates_report import LostUpdatesReport as LostUpdatesReport
 from adam3_optax._lost_updates_report import lost_updates_report as lost_updates_report
 from adam3_optax._rule import ThirdMoment as ThirdMoment
 from adam3_optax._sharding import state_shardings as state_shardings
+from adam3_optax._third_moment_report import Statistics as Statistics
 from adam3_optax._third_moment_report import ThirdMomentReport as ThirdMomentReport
 from adam3_optax._third_moment_report import third_moment_report as third_moment_report
 
 __version__ = "0.1.0"
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -4,6 +4,8 @@ A gradient's way is from the top of this file to its end, then to `_rule.py`, an
 `_formats.py`, which stores the moments.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,14 +45,15 @@ class ScaleByAdam3State(NamedTuple):
         return Moments(self.m, self.v, self.s)
 
 
+@hp.named
 def adam3(
-    learning_rate: hp.ScalarOrSchedule = 1e-3,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     *,
     b3: jax.typing.ArrayLike = 0.999,
-    lam: hp.ScalarOrSchedule = 0.01,
-    tau: hp.ScalarOrSchedule = 1.0,
+    lam: optax.ScalarOrSchedule = 0.01,
+    tau: optax.ScalarOrSchedule = 1.0,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     third_moment: ThirdMoment | None = "cubic",
@@ -105,17 +108,18 @@ def adam3(
     return _in_float32(scale, _scale_by_rate(learning_rate))
 
 
+@hp.named
 def adam3w(
-    learning_rate: hp.ScalarOrSchedule = 1e-3,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     *,
     b3: jax.typing.ArrayLike = 0.999,
-    lam: hp.ScalarOrSchedule = 0.01,
-    tau: hp.ScalarOrSchedule = 1.0,
+    lam: optax.ScalarOrSchedule = 0.01,
+    tau: optax.ScalarOrSchedule = 1.0,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    weight_decay: hp.ScalarOrSchedule = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     third_moment: ThirdMoment | None = "cubic",
     m_dtype: DTypeSetting = None,
@@ -183,7 +187,7 @@ def adam3w(
     return _in_float32(scale, decay, _scale_by_rate(learning_rate))
 
 
-def _add_decayed_weights(weight_decay: hp.ScalarOrSchedule, mask: Any) -> Any:
+def _add_decayed_weights(weight_decay: optax.ScalarOrSchedule, mask: Any) -> Any:
     """Adds decay to updates, with the rate and the parameters cast to their dtype.
 
     The state is that of `optax.add_decayed_weights`, masked if there is a mask.
@@ -226,7 +230,7 @@ def _add_decayed_weights(weight_decay: hp.ScalarOrSchedule, mask: Any) -> Any:
     return optax.GradientTransformation(init, update)
 
 
-def _scale_by_rate(learning_rate: hp.ScalarOrSchedule) -> optax.GradientTransformation:
+def _scale_by_rate(learning_rate: optax.ScalarOrSchedule) -> Any:
     """Scales by -learning_rate, cast to the updates' dtype: they are not promoted."""
     rate_at = hp.value_at("learning_rate", learning_rate)
     if callable(learning_rate):
@@ -255,13 +259,14 @@ def _in_float32(*parts: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
+@hp.named
 def scale_by_adam3(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     *,
     b3: jax.typing.ArrayLike = 0.999,
-    lam: hp.ScalarOrSchedule = 0.01,
-    tau: hp.ScalarOrSchedule = 1.0,
+    lam: optax.ScalarOrSchedule = 0.01,
+    tau: optax.ScalarOrSchedule = 1.0,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     third_moment: ThirdMoment | None = "cubic",

@@ -3,6 +3,8 @@
 The wrapper first, then the way into bfloat16 parameters and back.
 """
 
+from __future__ import annotations
+
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -113,11 +115,7 @@ def bfloat16_parameters(
         raise ValueError(
             f"remainder must be 'int16', 'int8' or None, got {remainder!r}"
         )
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"inner must be an optimizer, such as optax.adamw(1e-3), got {inner!r}"
-        )
-    wrapped = optax.with_extra_args_support(inner)
+    wrapped = _trees.optimizer(inner)
 
     def init(params: optax.Params) -> BFloat16ParametersState:
         def zeros(path: tuple[Any, ...], box: Any) -> Any:

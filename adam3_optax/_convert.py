@@ -1,5 +1,7 @@
 """From a running Adam to AdaM3 and back, and from one storage setting to another."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,21 +1,24 @@
 """What users pass as hyperparameters: numbers, arrays and schedules, checked."""
 
 import functools
+import inspect
 import math
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from adam3_optax._formats import Float8, Format
 from adam3_optax._rule import FORMS, Form, Moments, Scalar, ThirdMoment
 
-ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 class BlowUpWarning(UserWarning):
@@ -81,7 +84,24 @@ def number(name: str, value: Any) -> Scalar:
     return x
 
 
-def value_at(name: str, value: ScalarOrSchedule) -> Callable[[Any], Scalar]:
+def named(make: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Makes an optimizer's function say what stands for an argument of Optax's."""
+
+    @functools.wraps(make)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            inspect.signature(make).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{make.__name__}: {error}. Only learning_rate, b1 and b2 go "
+                "without a name; mu_dtype is m_dtype here; there is no nesterov."
+            ) from None
+        return make(*args, **kwargs)
+
+    return checked
+
+
+def value_at(name: str, value: optax.ScalarOrSchedule) -> Callable[[Any], Scalar]:
     """Returns a checked hyperparameter as a function of the count before the step.
 
     A number or array is checked at once, a schedule at each step.

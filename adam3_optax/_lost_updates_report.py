@@ -1,5 +1,7 @@
 """Measures how many updates are lost when they are added to the parameters."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax

@@ -14,7 +14,7 @@ from adam3_optax import _xla
 from adam3_optax._rule import Moments
 
 Key = np.ndarray  # two numbers of 32 bits
-Purpose = Literal["moments", "parameters", "conversion"]
+Purpose = Literal["moments", "parameters", "state", "conversion"]
 
 
 def leaf_key(path: tuple[Any, ...], purpose: Purpose) -> Key:

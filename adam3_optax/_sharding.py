@@ -1,5 +1,7 @@
 """Where a state lies on a mesh: beside its parameters."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

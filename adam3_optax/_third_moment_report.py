@@ -1,5 +1,7 @@
 """Measures what the third moment does in a run, from the optimizer's state alone."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
@@ -128,8 +130,8 @@ def third_moment_report(
     b1: jax.typing.ArrayLike | None = None,
     b2: jax.typing.ArrayLike | None = None,
     b3: jax.typing.ArrayLike | None = None,
-    lam: hp.ScalarOrSchedule | None = None,
-    tau: hp.ScalarOrSchedule | None = None,
+    lam: optax.ScalarOrSchedule | None = None,
+    tau: optax.ScalarOrSchedule | None = None,
     third_moment: ThirdMoment,
     **others: Any,
 ) -> ThirdMomentReport:

@@ -13,6 +13,15 @@ CAST = "If it was cast, by a loader or optax.tree.cast, restore it in its dtypes
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
+def optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns a checked optimizer, as one that takes extra arguments."""
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"inner must be an optimizer, such as optax.adamw(1e-3), got {inner!r}"
+        )
+    return optax.with_extra_args_support(inner)
+
+
 def check_state(state: Any, kind: type, remedy: str) -> None:
     """Raises if a state is not of a kind, or is of several optimizers."""
     if isinstance(state, str | dict):
@@ -27,7 +36,7 @@ def check_state(state: Any, kind: type, remedy: str) -> None:
 
 def check_not_stacked(state: Any) -> None:
     """Raises if a state is of several optimizers, or if its count was cast."""
-    count = state.steps if hasattr(state, "steps") else state.count
+    count = state[-1]  # the last field of each of our states
     if jnp.ndim(count):
         raise ValueError(
             f"the state's count has shape {jnp.shape(count)}: it is the state of "

@@ -141,7 +141,7 @@ RECORDS = {
     "benchmarks/records/2026-11-25_bfloat16_parameters": {"low_precision": [5]},
     "benchmarks/records/2026-11-23_speed": {"speed": [12]},
     "benchmarks/records/2026-11-29_compiled": {
-        "speed": [23, 24, 6],
+        "speed": [23, 24, 6, 6],
         "low_precision": [18],
     },
     "studies/records/2026-11-23_main_2": {"evidence": [11]},
