@@ -112,9 +112,7 @@ def bfloat16_parameters(
         (`store_param_remainders`) keep remainders, too.
     """
     if remainder not in ("int16", "int8", None):
-        raise ValueError(
-            f"remainder must be 'int16', 'int8' or None, got {remainder!r}"
-        )
+        raise ValueError(f"remainder must be 'int16', 'int8' or None: {remainder!r}")
     wrapped = _trees.optimizer(inner)
 
     def init(params: optax.Params) -> BFloat16ParametersState:
@@ -227,17 +225,13 @@ def to_bfloat16_parameters(
     boxes = [box for _, box in paths]
     chosen = _trees.choices(mask(params) if callable(mask) else mask, params)
 
-    def is_state(x: Any) -> bool:
-        return isinstance(x, BFloat16ParametersState)
-
     def convert(one: Any) -> Any:
-        if not is_state(one):
-            return one
         _trees.check_not_stacked(one)
         rests = _trees.leaves_like(treedef, one.remainder, "the remainder", "params")
         for i, (path, box) in enumerate(paths):
             master, rest = _boxes.opened((box, rests[i]))
-            if not _owns(rest) or jnp.result_type(master) != jnp.float32:
+            # There is none where a mask leaves the parameter to another optimizer.
+            if not jax.tree.leaves(rest) or jnp.result_type(master) != jnp.float32:
                 continue
             master = jnp.asarray(master)
             _check_fits(path, master, rest, master.shape, (1,) * master.ndim)
@@ -252,7 +246,7 @@ def to_bfloat16_parameters(
                 rests[i] = jnp.zeros((1,) * master.ndim, rest.dtype)
         return one._replace(remainder=jax.tree.unflatten(treedef, rests))
 
-    state = jax.tree.map(convert, state, is_leaf=is_state)
+    state = _trees.replaced(state, BFloat16ParametersState, convert)
     return jax.tree.unflatten(treedef, boxes), state
 
 
@@ -289,7 +283,7 @@ def to_float32_parameters(params: optax.Params, state: optax.OptState) -> optax.
         rests = _trees.leaves_like(treedef, one.remainder, "the remainder", "params")
         for i, (path, box) in enumerate(paths):
             param, rest = _boxes.opened((box, rests[i]))
-            if _owns(rest):
+            if jax.tree.leaves(rest):
                 _check_fits(path, param, rest)
                 if _is_narrow(param):
                     master = _remainder.join(param, _remainder_of(rest))
@@ -304,11 +298,6 @@ def _is_narrow(x: jax.typing.ArrayLike) -> bool:
 
 def _wide(x: jax.typing.ArrayLike) -> Array:
     return jnp.asarray(x).astype(jnp.float32)
-
-
-def _owns(rest: Any) -> bool:
-    """Returns whether a parameter is this state's, not left to others by a mask."""
-    return bool(jax.tree.leaves(rest))
 
 
 def _remainder_of(rest: Array) -> Array | None:

@@ -205,8 +205,4 @@ def _replace(state: Any, kind: type, convert: Any, other_optimizer: str = "") ->
             "only what is inside: new.init(params)._replace(count=state.count, "
             f"inner_state={other_optimizer}(state.inner_state))"
         )
-
-    def replace(x: Any) -> Any:
-        return convert(x) if isinstance(x, kind) else x
-
-    return jax.tree.map(replace, state, is_leaf=lambda x: isinstance(x, kind))
+    return _trees.replaced(state, kind, convert)

@@ -48,7 +48,7 @@ class Report:
         """Returns the report with arrays of NumPy."""
         if self.rows.elements.ndim > 1:
             raise ValueError(
-                "jax.vmap made several reports in one: take one with jax.tree.map"
+                "jax.vmap made several reports: take one with jax.tree.map"
             )
         return jax.device_get(self)
 

@@ -82,8 +82,7 @@ def state_shardings(
             raise ValueError(f"{where} does not fit params: {error}") from error
     if not isinstance(memory_kind, str | None):
         raise TypeError(f"memory_kind must be a string or None, got {memory_kind!r}")
-    if memory_kind is not None:
-        wanted = [x.with_memory_kind(memory_kind) for x in wanted]
+    wanted = [x.with_memory_kind(memory_kind or x.memory_kind) for x in wanted]
     meshes = {x.mesh for x in wanted}
     if len(meshes) != 1:
         raise ValueError(f"shardings must be on one mesh, got {len(meshes)} of them")

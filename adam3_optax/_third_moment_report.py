@@ -206,18 +206,14 @@ def third_moment_report(
     given = {name: value for name, value in chosen.items() if value is not None}
     found = _trees.find(state, ScaleByAdam3State)
     if form is None or any(isinstance(x.s, optax.EmptyState) for _, x, _ in found):
-        raise ValueError(
-            f"no third moment to report on; give the optimizer one: {', '.join(FORMS)}"
-        )
+        raise ValueError(f"no third moment to report on; use {', '.join(FORMS)}")
     names, leaves, lams = [], [], []
     for path, adam3, injected in found:
         _trees.check_not_stacked(adam3)
         known = {**injected, **given}
         missing = ", ".join(name for name in chosen if name not in known)
         if missing:
-            raise ValueError(
-                f"{missing} must be given, as to the optimizer: its state has none"
-            )
+            raise ValueError(f"{missing} must be given, as to the optimizer")
         t = jnp.maximum(adam3.count, 1)
         h = (*(hp.value_at(x, known[x])(t - 1) for x in chosen), 0.0, 0.0)
         lams.append(jnp.abs(jnp.asarray(h[3], jnp.float32)))

@@ -1,6 +1,6 @@
 """The trees that users pass: checks of them, and states inside of states."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -107,3 +107,12 @@ def find(state: optax.OptState, kind: type) -> list[tuple[str, Any, Mapping[str,
     if not found:
         raise ValueError(f"there is no {kind.__name__} in the optimizer's state")
     return found
+
+
+def replaced(state: optax.OptState, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """Returns a state, with every state of a kind inside of it converted."""
+
+    def replace(x: Any) -> Any:
+        return convert(x) if isinstance(x, kind) else x
+
+    return jax.tree.map(replace, state, is_leaf=lambda x: isinstance(x, kind))
