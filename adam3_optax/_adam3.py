@@ -93,7 +93,7 @@ def adam3(
 
         >>> import jax.numpy as jnp
         >>> from adam3_optax import adam3
-        >>> optimizer = adam3(learning_rate=0.1)
+        >>> optimizer = adam3(learning_rate=0.1, third_moment="cubic")
         >>> params = jnp.array([1.0, -2.0])
         >>> updates, state = optimizer.update(2 * params, optimizer.init(params))
         >>> bool(jnp.allclose(updates, jnp.array([-0.1, 0.1]), rtol=1e-3))
@@ -164,7 +164,7 @@ def adam3w(
 
         >>> import jax.numpy as jnp
         >>> from adam3_optax import adam3w
-        >>> optimizer = adam3w(learning_rate=0.1, weight_decay=0.5)
+        >>> optimizer = adam3w(0.1, weight_decay=0.5, third_moment="cubic")
         >>> params = jnp.array([1.0, -2.0])
         >>> state = optimizer.init(params)
         >>> updates, state = optimizer.update(jnp.zeros(2), state, params)

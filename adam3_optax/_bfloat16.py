@@ -206,7 +206,8 @@ def to_bfloat16_parameters(
 
         >>> import jax, jax.numpy as jnp, optax
         >>> import adam3_optax
-        >>> optimizer = adam3_optax.bfloat16_parameters(adam3_optax.adam3w(1e-3))
+        >>> adamw = adam3_optax.adam3w(1e-3, third_moment=None)
+        >>> optimizer = adam3_optax.bfloat16_parameters(adamw)
         >>> master = {"w": jnp.full((2, 16), 0.1), "b": jnp.full(16, 0.1)}
         >>> params, state = adam3_optax.to_bfloat16_parameters(
         ...     master, optimizer.init(master), {"w": True, "b": False}

@@ -59,8 +59,9 @@ def from_adam_state(
         >>> import jax.numpy as jnp, optax
         >>> from adam3_optax import adam3w, from_adam_state
         >>> params = jnp.ones(3)
-        >>> state = from_adam_state(optax.adamw(1e-3).init(params), s_dtype="bfloat16")
-        >>> optimizer = adam3w(1e-3, s_dtype="bfloat16")
+        >>> form = dict(third_moment="standardized", s_dtype="bfloat16")
+        >>> state = from_adam_state(optax.adamw(1e-3).init(params), **form)
+        >>> optimizer = adam3w(1e-3, **form)
         >>> updates, state = optimizer.update(params, state, params)
         >>> int(state[0].count), state[0].s.dtype.name
         (1, 'bfloat16')
@@ -94,7 +95,7 @@ def to_adam_state(state: optax.OptState) -> optax.OptState:
     Example:
         >>> import jax.numpy as jnp
         >>> from adam3_optax import adam3, to_adam_state
-        >>> state = to_adam_state(adam3().init(jnp.ones(3)))
+        >>> state = to_adam_state(adam3(third_moment=None).init(jnp.ones(3)))
         >>> type(state[0]).__name__, state[0].mu.shape
         ('ScaleByAdamState', (3,))
     """

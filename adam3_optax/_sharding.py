@@ -56,7 +56,7 @@ def state_shardings(
         >>> mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
         >>> rows = NamedSharding(mesh, P("x", None))
         >>> params = jax.device_put(jnp.ones((8, 64)), rows)
-        >>> optimizer = adam3w(m_dtype="float8", s_dtype="float8")
+        >>> optimizer = adam3w(third_moment=None, m_dtype="float8")
         >>> where = state_shardings(optimizer, params, rows)
         >>> state = jax.jit(optimizer.init, out_shardings=where)(params)
         >>> state[0].m.sharding.shard_shape(state[0].m.shape)

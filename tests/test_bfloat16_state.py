@@ -1,0 +1,534 @@
+"""`bfloat16_state`: the averages of any optimizer in bfloat16."""
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from optax import contrib
+from sklearn.datasets import load_digits
+
+from adam3_optax import (
+    adam3w,
+    bfloat16_parameters,
+    bfloat16_state,
+    state_shardings,
+)
+from tests.settings import mesh_of, on
+
+# Optax's optimizers lean on implicit promotion.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+RATE = 3e-3
+# Each optimizer, and the fields that become narrow. One that has none is refused.
+OPTIMIZERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "adam": (lambda: optax.adam(RATE), "mu nu"),
+    "adamw": (lambda: optax.adamw(RATE), "mu nu"),
+    "adamax": (lambda: optax.adamax(RATE), "mu nu"),
+    "amsgrad": (lambda: optax.amsgrad(RATE), "mu nu nu_max"),
+    "nadamw": (lambda: optax.nadamw(RATE), "mu nu"),
+    "radam": (lambda: optax.radam(RATE), "mu nu"),
+    "adabelief": (lambda: optax.adabelief(RATE), "mu nu"),
+    "yogi": (lambda: optax.yogi(RATE), "mu nu"),
+    "adan": (lambda: optax.adan(RATE), "m v n"),
+    "novograd": (lambda: optax.novograd(RATE), "mu"),
+    "lamb": (lambda: optax.lamb(RATE), "mu nu"),
+    "lion": (lambda: optax.lion(1e-3), "mu"),
+    "rmsprop": (lambda: optax.rmsprop(RATE, momentum=0.9), "nu trace"),
+    "centered rmsprop": (lambda: optax.rmsprop(RATE, centered=True), "mu nu"),
+    "adagrad": (lambda: optax.adagrad(0.1), "sum_of_squares"),
+    "adadelta": (lambda: optax.adadelta(1.0), "e_g e_x"),
+    "adafactor": (
+        lambda: optax.adafactor(RATE, min_dim_size_to_factor=8),
+        "v_row v_col v",
+    ),
+    "sm3": (lambda: optax.sm3(0.1), "mu nu"),
+    "sgd": (lambda: optax.sgd(0.1, momentum=0.9), "trace"),
+    "lars": (lambda: optax.lars(0.1), "trace"),
+    "optimistic adam": (lambda: optax.optimistic_adam_v2(RATE), "mu nu"),
+    "muon": (lambda: contrib.muon(0.02), "mu nu"),
+    "ademamix": (lambda: contrib.ademamix(RATE), "m1 m2 nu"),
+    "simplified ademamix": (lambda: contrib.simplified_ademamix(1e-4), "m n"),
+    "prodigy": (lambda: contrib.prodigy(), "exp_avg exp_avg_sq grad_sum"),
+    "dadapt": (lambda: contrib.dadapt_adamw(), "exp_avg exp_avg_sq grad_sum"),
+    "schedule-free": (lambda: contrib.schedule_free_adamw(RATE), "nu"),
+    "madgrad": (lambda: contrib.madgrad(RATE), "s grad_sum_sq"),
+    "galore": (lambda: contrib.galore(RATE, rank=4), "mu nu"),
+    "sophia": (lambda: contrib.sophia(RATE), "mu nu"),
+    "momo": (lambda: contrib.momo(0.1), "exp_avg"),
+    "momo adam": (lambda: contrib.momo_adam(RATE), "exp_avg exp_avg_sq"),
+    "acprop": (lambda: contrib.acprop(RATE), "mu nu"),
+    "mechanize": (lambda: contrib.mechanize(optax.adam(RATE)), "mu nu"),
+    "adam3w": (lambda: adam3w(RATE, third_moment="standardized"), "m v s"),
+    "rprop": (lambda: optax.rprop(RATE), ""),
+    "cocob": (lambda: contrib.cocob(), ""),
+    "dog": (lambda: contrib.dog(1.0), ""),
+    "dowg": (lambda: contrib.dowg(1.0), ""),
+    "polyak": (lambda: optax.polyak_sgd(), ""),
+    "sgd without momentum": (lambda: optax.sgd(0.1), ""),
+}
+AVERAGING = [name for name, (_, fields) in OPTIMIZERS.items() if fields]
+OTHERS = [name for name, (_, fields) in OPTIMIZERS.items() if not fields]
+
+
+def normal(seed: int, *shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+PARAMS = {"w": normal(0, 8, 16), "b": normal(1, 16), "scalar": jnp.float32(0.5)}
+MATRICES = {"w": PARAMS["w"], "b": PARAMS["b"]}
+
+
+def narrow_fields(state: Any) -> set[str]:
+    """Returns the fields of a state that hold a leaf of bfloat16."""
+    return {
+        [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)][-1]
+        for path, x in jax.tree.leaves_with_path(state)
+        if x.dtype == jnp.bfloat16
+    }
+
+
+def nbytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def loss_of(params: Any) -> Any:
+    return sum(jnp.sum((x - 0.1) ** 2) for x in jax.tree.leaves(params))
+
+
+def run(optimizer: Any, params: Any, steps: int) -> Any:
+    """Returns parameters and state after jitted steps on `loss_of`."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        value, gradients = jax.value_and_grad(loss_of)(params)
+        extra = {"value": value, "obj_fn": loss_of}
+        updates, state = optimizer.update(gradients, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+# Which leaves.
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_what_becomes_narrow(name: str) -> None:
+    make, fields = OPTIMIZERS[name]
+    params, exact = run(make(), MATRICES, 1)
+    narrow_params, state = run(bfloat16_state(make()), MATRICES, 1)
+    assert narrow_fields(state) == set(fields.split())
+    saved = sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16)
+    assert nbytes(state) == nbytes(exact) - 2 * saved + 4  # the count
+    # A first step sees averages that are 0, or what init made, rounded.
+    for one, other in zip(*map(jax.tree.leaves, (params, narrow_params)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_optimizer_without_averages_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no leaf of inner's state.*`where`"):
+        bfloat16_state(OPTIMIZERS[name][0]()).init(MATRICES)
+
+
+class Fields(NamedTuple):
+    m: Any
+    trace: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    v: Any
+    mu: Any
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        Fields(normal(0, 4, 8), normal(1, 8)),
+        {"mu": Module(normal(0, 4, 8), Fields(normal(1, 8), normal(2, 3)))},
+        (normal(0, 4, 8), normal(1, 8)),
+        [Module(normal(0, 4, 8), normal(1, 8))],
+        normal(0, 4, 8),
+    ],
+    ids=["NamedTuple", "nested", "tuple", "list", "array"],
+)
+@pytest.mark.parametrize("name", ["schedule-free", "madgrad", "muon"])
+def test_fields_of_the_parameters_are_none_of_the_state(name: str, params: Any) -> None:
+    make, _ = OPTIMIZERS[name]
+    state = bfloat16_state(make()).init(params)
+    inner = state.inner_state
+    copies = {"schedule-free": "z", "madgrad": "x0"}
+    for x in jax.tree.leaves(getattr(inner, copies.get(name, ""), None)):
+        assert x.dtype == jnp.float32
+    count = sum(x.size for x in jax.tree.leaves(params))
+    narrow = sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16)
+    assert count <= narrow <= 2 * count
+
+
+def test_a_choice_of_ones_own() -> None:
+    def where(path: Any, leaf: Any) -> bool:
+        return path[-1] == jax.tree_util.DictKey("w") and leaf.size > 8
+
+    _, state = run(bfloat16_state(optax.adam(RATE), where), PARAMS, 2)
+    mu, nu = state.inner_state[0].mu, state.inner_state[0].nu
+    assert mu["w"].dtype == nu["w"].dtype == jnp.bfloat16
+    assert mu["b"].dtype == nu["b"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_types_pass(dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        params = {"w": jnp.ones((4, 8), "float32"), "other": jnp.ones(8, dtype)}
+        _, state = run(bfloat16_state(optax.adam(RATE)), params, 2)
+        _, exact = run(optax.adam(RATE), params, 2)
+        assert state.inner_state[0].mu["w"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(
+            state.inner_state[0].mu["other"], exact[0].mu["other"]
+        )
+
+
+# Rounding.
+
+
+def averages(steps: int, decay: float = 0.998) -> dict[str, Any]:
+    """Returns the average of gradients of 1 at each step, of 4,096 elements."""
+    narrow = optax.scale_by_adam(b1=decay, mu_dtype=jnp.bfloat16)
+    ours = bfloat16_state(optax.scale_by_adam(b1=decay))
+
+    def curve(optimizer: Any) -> Any:
+        def step(state: Any, _: Any) -> Any:
+            state = optimizer.update(jnp.ones(4096), state)[1]
+            mu = optax.tree.get(state, "mu").astype(jnp.float32)
+            return state, (mu.mean(), mu.std())
+
+        return jax.lax.scan(step, optimizer.init(jnp.ones(4096)), length=steps)[1]
+
+    exact = 1 - decay ** np.arange(1, steps + 1)
+    return {"exact": exact, "mu_dtype": curve(narrow), "bfloat16_state": curve(ours)}
+
+
+def test_an_average_does_not_freeze() -> None:
+    found = averages(1000)
+    exact, spread = found["exact"], found["bfloat16_state"][1]
+    assert found["mu_dtype"][0][-1] < 0.6 * exact[-1]  # it froze
+    error = abs(found["bfloat16_state"][0] - exact)
+    assert np.all(error < 5 * np.maximum(spread, 1e-3) / 64)
+
+
+def test_each_average_has_bits_of_its_own() -> None:
+    # Equal numbers in two leaves, two fields, two wrappers and two groups.
+    def both(inner: Any) -> Any:
+        return optax.chain(bfloat16_state(inner), bfloat16_state(optax.trace(0.9)))
+
+    same = {"a": jnp.full(4096, 0.3), "b": jnp.full(4096, 0.3)}
+    inner = optax.chain(optax.ema(0.0, debias=False), optax.scale_by_lion(b2=0.0))
+    groups = {name: both(inner) for name in same}
+    optimizer = optax.partition(groups, {name: name for name in same})
+    _, state = optimizer.update(same, optimizer.init(same), same)
+    leaves = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
+    rounded = [np.asarray(x, np.float32) for x in leaves]
+    ups = [x > x.mean() for x in rounded if x.std()]
+    assert len(ups) >= 4
+    for i, up in enumerate(ups):
+        for other in ups[:i]:
+            assert abs(np.corrcoef(up, other)[0, 1]) < 0.1
+
+
+def test_what_is_not_finite_stays() -> None:
+    optimizer = bfloat16_state(optax.adam(RATE))
+    gradient = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0])
+    updates, state = optimizer.update(gradient, optimizer.init(gradient))
+    finite = np.isfinite(np.asarray(state.inner_state[0].mu, np.float32))
+    np.testing.assert_array_equal(finite, [False, False, False, True])
+    np.testing.assert_array_equal(np.isfinite(updates), finite)
+
+
+def test_derivatives_are_those_without_rounding() -> None:
+    def second_update(optimizer: Any, first: Any) -> Any:
+        _, state = optimizer.update(first, optimizer.init(first))
+        return optimizer.update(2 * first, state)[0].sum()
+
+    g = normal(0, 4, 16)
+    inner = optax.trace(0.9)
+    found = jax.grad(partial(second_update, bfloat16_state(inner)))(g)
+    np.testing.assert_allclose(found, jax.grad(partial(second_update, inner))(g), 0.01)
+
+
+# In company.
+
+LABELS = {"w": "matrix", "b": "vector", "scalar": "vector"}
+MASK = {"w": True, "b": False, "scalar": False}
+SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "in a chain": lambda f: optax.chain(optax.clip(1.0), f(optax.adamw(RATE))),
+    "around a chain": lambda f: f(optax.chain(optax.clip(1.0), optax.adamw(RATE))),
+    "in a mask": lambda f: optax.masked(f(optax.adam(RATE)), MASK),
+    "around a mask": lambda f: f(optax.masked(optax.adam(RATE), MASK)),
+    "in groups": lambda f: optax.partition(
+        {"matrix": f(optax.lion(RATE)), "vector": optax.sgd(RATE)}, LABELS
+    ),
+    "around groups": lambda f: f(
+        optax.partition({"matrix": optax.lion(RATE), "vector": optax.sgd(RATE)}, LABELS)
+    ),
+    "in several steps": lambda f: optax.MultiSteps(f(optax.adam(RATE)), 2),
+    "around several steps": lambda f: f(
+        optax.MultiSteps(optax.adam(RATE), 2).gradient_transformation()
+    ),
+    "in injected hyperparameters": lambda f: optax.inject_hyperparams(
+        lambda learning_rate: f(optax.adam(learning_rate))
+    )(RATE),
+    "around injected hyperparameters": lambda f: f(
+        optax.inject_hyperparams(optax.adam)(RATE)
+    ),
+    "in apply_if_finite": lambda f: optax.apply_if_finite(f(optax.adam(RATE)), 3),
+    "around apply_if_finite": lambda f: f(optax.apply_if_finite(optax.adam(RATE), 3)),
+    "in bfloat16_parameters": lambda f: bfloat16_parameters(f(optax.adam(RATE))),
+    "around bfloat16_parameters": lambda f: f(bfloat16_parameters(optax.adam(RATE))),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_in_company(name: str) -> None:
+    make = SETTINGS[name]
+    exact, _ = run(make(lambda inner: inner), PARAMS, 4)
+    params, state = run(make(bfloat16_state), PARAMS, 4)
+    assert narrow_fields(state)
+    for one, other in zip(*map(jax.tree.leaves, (exact, params)), strict=True):
+        np.testing.assert_allclose(one, other, atol=0.05 * RATE)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.usefixtures("on_cpu")
+def test_shards_agree_and_send_nothing(kind: AxisType) -> None:
+    mesh = mesh_of(kind)
+    where = on(mesh, {"w": P("data", "model"), "b": P("data")})
+    params = {"w": normal(0, 16, 32), "b": normal(1, 16)}
+    optimizer = bfloat16_state(optax.adamw(RATE))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any) -> Any:
+        gradients = jax.tree.map(lambda x: 2 * (x - 0.1), params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    results = []
+    for places in (None, where):
+        with jax.set_mesh(mesh) if places else nullcontext():
+            p = jax.device_put(jax.tree.map(jnp.copy, params), places)
+            placed = state_shardings(optimizer, params, places) if places else None
+            state = jax.jit(optimizer.init, out_shardings=placed)(p)
+            program = step.lower(p, state).compile().as_text() or ""
+            for _ in range(3):
+                p, state = step(p, state)
+            results.append(jax.device_get((p, state)))
+    assert not any(x in program for x in ("all-reduce", "all-gather", "permute"))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_under_transformations_of_jax() -> None:
+    optimizer = bfloat16_state(optax.lion(RATE))
+    straight = run(optimizer, MATRICES, 4)
+
+    def step(carry: Any, _: Any) -> Any:
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss_of)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def scanned(params: Any) -> Any:
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=4)[0]
+
+    members = jax.tree.map(lambda x: jnp.stack([x, x]), MATRICES)
+    exported = jax.export.export(jax.jit(scanned))(MATRICES)
+    results = [
+        jax.jit(scanned)(MATRICES),
+        exported.call(MATRICES),
+        jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(scanned))(members)),
+    ]
+    for result in results:
+        leaves = zip(*map(jax.tree.leaves, (straight, result)), strict=True)
+        for one, other in leaves:
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_boxes_stay() -> None:
+    params: Any = {"w": nn.Partitioned(normal(0, 8, 16), ("rows", None))}
+    optimizer = bfloat16_state(optax.adam(RATE))
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    box = state.inner_state[0].mu["w"]
+    assert isinstance(box, nn.Partitioned)
+    assert box.value.dtype == jnp.bfloat16
+    assert updates["w"].names == ("rows", None)
+
+
+# The way in and out, and states that do not fit.
+
+
+def test_the_way_in_and_out() -> None:
+    inner = optax.contrib.muon(0.02)
+    optimizer = bfloat16_state(inner)
+    params, running = run(inner, MATRICES, 5)
+    new = optimizer.init(params)
+    into = optax.tree.cast_like(running, new.inner_state)
+    state = new._replace(inner_state=into)
+    out = optax.tree.cast_like(state.inner_state, inner.init(params))
+    for one, other in zip(*map(jax.tree.leaves, (running, out)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2**-8)
+    _, state = optimizer.update(params, state, params)
+    _, out = inner.update(params, out, params)
+    assert int(state.steps) == 1
+    assert narrow_fields(state) == {"mu", "nu"}
+    assert not narrow_fields(out)
+
+
+def test_a_resumed_run_is_the_straight_one() -> None:
+    optimizer = bfloat16_state(optax.adam(RATE))
+    params, state = run(optimizer, MATRICES, 2)
+    saved = pickle.dumps(jax.device_get(state))
+    for again in (state, pickle.loads(saved)):
+        results = [optimizer.update(params, again, params) for again in (state, again)]
+        for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_states_that_do_not_fit() -> None:
+    optimizer = bfloat16_state(optax.adam(RATE))
+    state = optimizer.init(MATRICES)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    bad: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, "restore it in its dtypes", optax.tree.cast(state, jnp.float32)),
+        (ValueError, "restore it in its dtypes", optax.tree.cast(state, jnp.bfloat16)),
+        (ValueError, "not as init makes", state._replace(inner_state=MATRICES)),
+        (ValueError, "inside jax.vmap", stacked),
+        (TypeError, "must be a BFloat16State", state.inner_state),
+        (TypeError, "must be a BFloat16State", {"steps": 1}),
+    ]
+    for kind, message, wrong in bad:
+        with pytest.raises(kind, match=message):
+            optimizer.update(MATRICES, wrong, MATRICES)
+    with pytest.raises(TypeError, match="inner must be an optimizer"):
+        bfloat16_state(optax.adam)
+
+
+# Accuracy.
+
+
+def losses(optimizer: Any, steps: int = 300) -> Any:
+    """Returns the loss of a small network on the digits, for 3 seeds."""
+    digits = load_digits()
+    inputs = jnp.asarray(digits.data / 16 - 0.3, jnp.float32)
+    labels = jnp.asarray(digits.target)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def loss_of(params: Any, x: Any, y: Any) -> Any:
+        logits = jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return each.mean()
+
+    def train(seed: Any) -> Any:
+        keys = jax.random.split(jax.random.key(seed), 3)
+        params = {
+            "w1": jax.random.normal(keys[0], (64, 32)) / 8,
+            "b1": jnp.zeros(32),
+            "w2": jax.random.normal(keys[1], (32, 10)) / 6,
+            "b2": jnp.zeros(10),
+        }
+
+        def step(carry: Any, batch: Any) -> Any:
+            params, state = carry
+            loss = partial(loss_of, x=inputs[batch], y=labels[batch])
+            value, gradients = jax.value_and_grad(loss)(params)
+            extra = {"value": value, "obj_fn": loss}
+            updates, state = optimizer.update(gradients, state, params, **extra)
+            return (optax.apply_updates(params, updates), state), None
+
+        batches = jax.random.randint(keys[2], (steps, 64), 0, len(labels))
+        carry = params, optimizer.init(params)
+        (params, _), _ = jax.lax.scan(step, carry, batches)
+        return loss_of(params, inputs, labels)
+
+    return np.asarray(jax.jit(jax.vmap(train))(jnp.arange(3)))
+
+
+# The table and the figure of the page on low precision.
+PAGE = Path(__file__).parent.parent / "docs" / "low_precision.md"
+FIGURE = PAGE.parent / "images" / "averages.png"
+
+
+def rows_of_page() -> dict[str, list[str]]:
+    """Returns the cells of the page's table of optimizers, by the optimizer's name."""
+    text = PAGE.read_text()
+    table = text[text.index("| optimizer | narrow |") :].split("\n\n")[0]
+    cells = [row.strip("|").split("|") for row in table.splitlines()[2:]]
+    return {name.strip(): [x.strip() for x in rest] for name, *rest in cells}
+
+
+def row_of(name: str, *found: Any) -> list[str]:
+    """Returns the cells of an optimizer, but for its name."""
+    make, fields = OPTIMIZERS[name]
+    shapes = {"w1": (64, 32), "b1": (32,), "w2": (32, 10), "b2": (10,)}
+    params = {k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in shapes.items()}
+    count = sum(x.size for x in jax.tree.leaves(params))
+    cells = [", ".join(f"`{x}`" for x in fields.split())]
+    for optimizer in (make(), bfloat16_state(make())):
+        leaves = jax.tree.leaves(jax.eval_shape(optimizer.init, params))
+        kept = sum(x.size * x.dtype.itemsize for x in leaves if x.ndim)
+        cells.append(f"{kept / count:.1f}")
+    return cells + [format(x, ".4f" if i == 0 else "+.4f") for i, x in enumerate(found)]
+
+
+def test_the_page_lists_what_becomes_narrow() -> None:
+    page = rows_of_page()
+    assert {name: cells[:3] for name, cells in page.items()} == {
+        name: row_of(name) for name in AVERAGING
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AVERAGING)
+def test_the_losses_are_those_of_float32(name: str) -> None:
+    make = OPTIMIZERS[name][0]
+    exact, narrow = losses(make()), losses(bfloat16_state(make()))
+    difference = float((narrow - exact).mean())
+    assert abs(difference) < 0.002
+    # Machines round otherwise, and training carries that on.
+    on_page = [float(x) for x in rows_of_page()[name][3:]]
+    assert [exact.mean(), difference] == pytest.approx(on_page, abs=0.01)
+
+
+def draw() -> None:
+    """Draws the average that freezes, and prints the table."""
+    import matplotlib.pyplot as plt
+
+    found = averages(1000)
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    axes.plot(found["exact"], color="0.6", lw=5, label="exact")
+    axes.plot(found["bfloat16_state"][0], "C0", label="bfloat16_state")
+    axes.plot(found["mu_dtype"][0], "C1--", label="mu_dtype=bfloat16")
+    axes.set(xlabel="step", ylabel="average", title="b1 = 0.998, all gradients 1")
+    axes.legend(frameon=False)
+    figure.savefig(FIGURE, dpi=150)
+    for name in AVERAGING:
+        make = OPTIMIZERS[name][0]
+        exact, narrow = losses(make()), losses(bfloat16_state(make()))
+        row = row_of(name, exact.mean(), (narrow - exact).mean())
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    draw()
