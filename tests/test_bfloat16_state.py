@@ -77,6 +77,9 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], str]] = {
     "polyak": (lambda: optax.polyak_sgd(), ""),
     "sgd without momentum": (lambda: optax.sgd(0.1), ""),
 }
+for later in ("madgrad", "galore"):  # than the oldest Optax that is supported
+    if not hasattr(contrib, later):
+        del OPTIMIZERS[later]
 AVERAGING = [name for name, (_, fields) in OPTIMIZERS.items() if fields]
 OTHERS = [name for name, (_, fields) in OPTIMIZERS.items() if not fields]
 
@@ -107,20 +110,23 @@ def loss_of(params: Any) -> Any:
 
 
 def run(optimizer: Any, params: Any, steps: int) -> Any:
-    """Returns parameters and state after jitted steps on `loss_of`."""
+    """Returns parameters and state after some steps on `loss_of`."""
     optimizer = optax.with_extra_args_support(optimizer)
 
-    @jax.jit
-    def step(params: Any, state: Any) -> Any:
+    def step(carry: Any, _: Any) -> Any:
+        params, state = carry
         value, gradients = jax.value_and_grad(loss_of)(params)
         extra = {"value": value, "obj_fn": loss_of}
         updates, state = optimizer.update(gradients, state, params, **extra)
-        return optax.apply_updates(params, updates), state
+        return (optax.apply_updates(params, updates), state), None
 
-    state = optimizer.init(params)
-    for _ in range(steps):
-        params, state = step(params, state)
-    return params, state
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[0]
+
+
+def both(make: Callable[[Any], Any], params: Any, steps: int) -> Any:
+    """Returns `run` of an optimizer in float32, and with `bfloat16_state`."""
+    optimizers = make(lambda inner: inner), make(bfloat16_state)
+    return jax.jit(lambda p: [run(x, p, steps) for x in optimizers])(params)
 
 
 # Which leaves.
@@ -129,8 +135,8 @@ def run(optimizer: Any, params: Any, steps: int) -> Any:
 @pytest.mark.parametrize("name", AVERAGING)
 def test_what_becomes_narrow(name: str) -> None:
     make, fields = OPTIMIZERS[name]
-    params, exact = run(make(), MATRICES, 1)
-    narrow_params, state = run(bfloat16_state(make()), MATRICES, 1)
+    one, other = both(lambda wrap: wrap(make()), MATRICES, 1)
+    (params, exact), (narrow_params, state) = one, other
     assert narrow_fields(state) == set(fields.split())
     saved = sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16)
     assert nbytes(state) == nbytes(exact) - 2 * saved + 4  # the count
@@ -168,24 +174,24 @@ class Module:
     ],
     ids=["NamedTuple", "nested", "tuple", "list", "array"],
 )
-@pytest.mark.parametrize("name", ["schedule-free", "madgrad", "muon"])
+@pytest.mark.parametrize("name", ["schedule-free", "prodigy", "muon"])
 def test_fields_of_the_parameters_are_none_of_the_state(name: str, params: Any) -> None:
     make, _ = OPTIMIZERS[name]
     state = bfloat16_state(make()).init(params)
     inner = state.inner_state
-    copies = {"schedule-free": "z", "madgrad": "x0"}
+    copies = {"schedule-free": "z", "prodigy": "params0"}
     for x in jax.tree.leaves(getattr(inner, copies.get(name, ""), None)):
         assert x.dtype == jnp.float32
     count = sum(x.size for x in jax.tree.leaves(params))
     narrow = sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16)
-    assert count <= narrow <= 2 * count
+    assert count <= narrow <= 3 * count
 
 
 def test_a_choice_of_ones_own() -> None:
     def where(path: Any, leaf: Any) -> bool:
         return path[-1] == jax.tree_util.DictKey("w") and leaf.size > 8
 
-    _, state = run(bfloat16_state(optax.adam(RATE), where), PARAMS, 2)
+    state = bfloat16_state(optax.adam(RATE), where).init(PARAMS)
     mu, nu = state.inner_state[0].mu, state.inner_state[0].nu
     assert mu["w"].dtype == nu["w"].dtype == jnp.bfloat16
     assert mu["b"].dtype == nu["b"].dtype == jnp.float32
@@ -195,8 +201,7 @@ def test_a_choice_of_ones_own() -> None:
 def test_other_types_pass(dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         params = {"w": jnp.ones((4, 8), "float32"), "other": jnp.ones(8, dtype)}
-        _, state = run(bfloat16_state(optax.adam(RATE)), params, 2)
-        _, exact = run(optax.adam(RATE), params, 2)
+        (_, exact), (_, state) = both(lambda wrap: wrap(optax.adam(RATE)), params, 2)
         assert state.inner_state[0].mu["w"].dtype == jnp.bfloat16
         np.testing.assert_array_equal(
             state.inner_state[0].mu["other"], exact[0].mu["other"]
@@ -305,8 +310,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_in_company(name: str) -> None:
     make = SETTINGS[name]
-    exact, _ = run(make(lambda inner: inner), PARAMS, 4)
-    params, state = run(make(bfloat16_state), PARAMS, 4)
+    (exact, _), (params, state) = both(make, PARAMS, 4)
     assert narrow_fields(state)
     for one, other in zip(*map(jax.tree.leaves, (exact, params)), strict=True):
         np.testing.assert_allclose(one, other, atol=0.05 * RATE)
@@ -320,22 +324,20 @@ def test_shards_agree_and_send_nothing(kind: AxisType) -> None:
     params = {"w": normal(0, 16, 32), "b": normal(1, 16)}
     optimizer = bfloat16_state(optax.adamw(RATE))
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any) -> Any:
-        gradients = jax.tree.map(lambda x: 2 * (x - 0.1), params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: Any, gradients: Any) -> Any:
+        return optimizer.update(gradients, state, gradients)[1]
 
     results = []
     for places in (None, where):
         with jax.set_mesh(mesh) if places else nullcontext():
-            p = jax.device_put(jax.tree.map(jnp.copy, params), places)
+            gradients = jax.device_put(params, places)
             placed = state_shardings(optimizer, params, places) if places else None
-            state = jax.jit(optimizer.init, out_shardings=placed)(p)
-            program = step.lower(p, state).compile().as_text() or ""
+            state = jax.jit(optimizer.init, out_shardings=placed)(gradients)
+            program = step.lower(state, gradients).compile().as_text() or ""
             for _ in range(3):
-                p, state = step(p, state)
-            results.append(jax.device_get((p, state)))
+                state = step(state, gradients)
+            results.append(jax.device_get(state))
     assert not any(x in program for x in ("all-reduce", "all-gather", "permute"))
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -343,16 +345,12 @@ def test_shards_agree_and_send_nothing(kind: AxisType) -> None:
 
 def test_under_transformations_of_jax() -> None:
     optimizer = bfloat16_state(optax.lion(RATE))
-    straight = run(optimizer, MATRICES, 4)
-
-    def step(carry: Any, _: Any) -> Any:
-        params, state = carry
+    scanned = partial(run, optimizer, steps=4)
+    params, state = MATRICES, optimizer.init(MATRICES)
+    for _ in range(4):
         updates, state = optimizer.update(jax.grad(loss_of)(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    def scanned(params: Any) -> Any:
-        return jax.lax.scan(step, (params, optimizer.init(params)), length=4)[0]
-
+        params = optax.apply_updates(params, updates)
+    straight = params, state
     members = jax.tree.map(lambda x: jnp.stack([x, x]), MATRICES)
     exported = jax.export.export(jax.jit(scanned))(MATRICES)
     results = [
@@ -362,8 +360,9 @@ def test_under_transformations_of_jax() -> None:
     ]
     for result in results:
         leaves = zip(*map(jax.tree.leaves, (straight, result)), strict=True)
-        for one, other in leaves:
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        for pair in leaves:  # XLA may fuse a product and a sum in one of them alone
+            one, other = (np.asarray(x, np.float32) for x in pair)
+            np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_boxes_stay() -> None:
@@ -494,9 +493,9 @@ def row_of(name: str, *found: Any) -> list[str]:
 
 def test_the_page_lists_what_becomes_narrow() -> None:
     page = rows_of_page()
-    assert {name: cells[:3] for name, cells in page.items()} == {
-        name: row_of(name) for name in AVERAGING
-    }
+    for name in AVERAGING:
+        assert page.pop(name)[:3] == row_of(name)
+    assert page.keys() <= {"madgrad", "galore"}
 
 
 @pytest.mark.slow
