@@ -1,7 +1,6 @@
-"""Devices as their compilers describe them. No device is needed, and none is used.
+"""Devices as their compilers describe them: libtpu for a TPU, jax[cuda13] for a GPU.
 
-`libtpu` compiles for a TPU, and `jax[cuda13]` for a GPU. Each needs an environment of
-its own.
+Each needs an environment of its own. No device is needed, and none is used.
 """
 
 import contextlib
@@ -19,53 +18,27 @@ H100, A100 = "h100", "a100"  # the A100 has no instructions for float8
 # of its libraries. Source: h100_sxm.txtpb and a100_sxm_80.txtpb in openxla/xla,
 # xla/backends/gpu/target_config/specs, and CUDA 12.8.
 GPUS = {
-    H100: (
-        "NVIDIA H100 80GB HBM3",
-        """
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
-  l2_cache_size: 52428800
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
+    H100: """
+name: "NVIDIA H100 80GB HBM3" clock_rate_ghz: 1.98 core_count: 132 fpus_per_core: 128
+cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+memory_bandwidth: 3352320000000 device_memory_size: 84942979072 l2_cache_size: 52428800
+shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
 """,
-    ),
-    A100: (
-        "NVIDIA A100-SXM4-80GB",
-        """
-  cuda_compute_capability { major: 8 feature_extension: NONE }
-  core_count: 108
-  fpus_per_core: 64
-  clock_rate_ghz: 1.41
-  memory_bandwidth: 2039040000000
-  device_memory_size: 85100068864
-  l2_cache_size: 41943040
-  shared_memory_per_core: 167936
-  shared_memory_per_block_optin: 166912
+    A100: """
+name: "NVIDIA A100-SXM4-80GB" clock_rate_ghz: 1.41 core_count: 108 fpus_per_core: 64
+cuda_compute_capability { major: 8 feature_extension: NONE }
+memory_bandwidth: 2039040000000 device_memory_size: 85100068864 l2_cache_size: 41943040
+shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912
 """,
-    ),
 }
 EVERY_GPU = """
-  device_vendor: "NVIDIA Corporation"
-  driver_version: "13.0.0"
-  runtime_version: "12.8.0"
-  compile_time_toolkit_version: "12.8.0"
-  shared_memory_per_block: 49152
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  threads_per_core_limit: 2048
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  thread_dim_limit_x: 1024
-  thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  device_address_bits: 64
+device_vendor: "NVIDIA Corporation" device_address_bits: 64 driver_version: "13.0.0"
+runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+shared_memory_per_block: 49152 registers_per_core_limit: 65536
+registers_per_block_limit: 65536 threads_per_warp: 32
+threads_per_core_limit: 2048 threads_per_block_limit: 1024
+thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 """
 
 ENVIRONMENT = {
@@ -77,35 +50,23 @@ ENVIRONMENT = {
 
 
 def present() -> tuple[str, ...]:
-    """Returns the devices for which this environment has a compiler.
-
-    Call it before JAX is used for the first time.
-    """
+    """Returns the devices that have a compiler here. Call it before JAX is used."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     tpus = TPUS if importlib.util.find_spec("libtpu") else ()
-    has_cuda = importlib.util.find_spec("jax_cuda13_plugin")
-    return (*tpus, *(GPUS if has_cuda else ()))
+    return (*tpus, *(GPUS if importlib.util.find_spec("jax_cuda13_plugin") else ()))
 
 
 def devices(name: str, shape: str = "2x2") -> Any:
-    """Returns devices to compile for.
-
-    Args:
-        name: One of `present()`.
-        shape: Of a TPU's slice, such as "4x4".
-    """
+    """Returns devices to compile for; `shape` is that of a TPU's slice."""
     if name not in GPUS:
-        three = "x1" if name in ("v4", "v5p") else ""
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{name}:{shape}{three}"
-        ).devices
-    kind, facts = GPUS[name]
+        slice_of = f"{name}:{shape}" + "x1" * (name in ("v4", "v5p"))
+        return topologies.get_topology_desc(slice_of, "tpu").devices
+    kind = GPUS[name].split('"')[1]
     described = f"""
-platform_name: "CUDA"
-device_description_str: "{kind}"
+platform_name: "CUDA" device_description_str: "{kind}"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-gpu_device_info {{ name: "{kind}" {facts}{EVERY_GPU}}}
+gpu_device_info {{ {GPUS[name]}{EVERY_GPU} }}
 """
     with _cuda_without_a_gpu():
         return topologies.get_topology_desc(
@@ -115,10 +76,7 @@ gpu_device_info {{ name: "{kind}" {facts}{EVERY_GPU}}}
 
 @contextlib.contextmanager
 def _cuda_without_a_gpu() -> Iterator[None]:
-    """Tells JAX that "gpu" means "cuda", which without a GPU it does not know.
-
-    Issue 23971 of JAX.
-    """
+    """Tells JAX that "gpu" means "cuda", which without a GPU it does not know."""
     from jax._src import xla_bridge
 
     known = xla_bridge.canonicalize_platform

@@ -9,16 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
-SIZES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "f8e4m3fn": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-}
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2}
 SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "token": 0}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:{([^}]*)})?")
 # name = type operation(operands), ...
@@ -28,6 +19,8 @@ COMPUTATION = re.compile(r"(ENTRY )?(%?[\w.-]+) .*\{$")
 # They move nothing: they name arrays, or wait for what another operation has moved.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 FREE |= {"partition-id", "replica-id"}
+IS_FREE = re.compile(r' [\w-]+-done\(|custom_call_target="ConcatBitcast"')
+COPIES = {"copy", "copy-start", "slice-start"}
 # Their bodies run any number of times, so their bytes cannot be read from the text.
 UNKNOWN = {"while", "conditional", "sort", "async-start"}
 COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
@@ -35,21 +28,15 @@ COLLECTIVES |= {"collective-permute", "collective-broadcast", "ragged-all-to-all
 
 
 class Moved(NamedTuple):
-    """What one run of a program moves, on each device.
+    """What one run of a program moves, on each device."""
 
-    Attributes:
-        hbm: Bytes read from and written to the main memory.
-        kernels: Operations on arrays, without scalars and plain copies.
-        collectives: Bytes of the results of operations between devices, by kind.
-    """
-
-    hbm: int
-    kernels: int
-    collectives: dict[str, int]
+    hbm: int  # bytes read from and written to the main memory
+    kernels: int  # operations on arrays, without scalars and plain copies
+    collectives: dict[str, int]  # bytes of what devices send, by kind of operation
 
 
 class Instruction(NamedTuple):
-    """A line of a program: its name, type, operation, and the names of its operands."""
+    """A line of a program."""
 
     name: str
     type: str
@@ -59,11 +46,7 @@ class Instruction(NamedTuple):
 
 
 def moved(text: str) -> Moved:
-    """Returns what a program moves.
-
-    Raises:
-        ValueError: It has an operation whose bytes the text does not tell.
-    """
+    """Returns what a program moves; a ValueError where the text does not tell."""
     programs = computations(text)
     hbm, kernels = 0, 0
     collectives: dict[str, int] = {}
@@ -75,12 +58,12 @@ def moved(text: str) -> Moved:
             if x.operation in UNKNOWN:
                 raise ValueError(f"{x.operation}: its bytes are not in the text")
             if x.operation == "call":
-                called = re.search(r"to_apply=%?([\w.-]+)", x.line)
-                assert called
-                waiting.append(called[1])
-            elif moves(x):
+                waiting += re.findall(r"to_apply=%?([\w.-]+)", x.line)
+            elif not (x.operation in FREE or IS_FREE.search(x.line)):
                 hbm += bytes_of(x, types)
-                kernels += is_kernel(x, types)
+                every = " ".join([x.type, *(types[name] for name in x.operands)])
+                has_arrays = any(dims for _, dims, _ in ARRAY.findall(every))
+                kernels += has_arrays and x.operation not in COPIES
                 kind = x.operation.removesuffix("-start")
                 if kind in COLLECTIVES:
                     size = sum(nbytes(*y, everywhere=True) for y in results(x, types))
@@ -101,27 +84,10 @@ def computations(text: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def moves(x: Instruction) -> bool:
-    """Returns whether an instruction moves anything, or only names it."""
-    if x.operation in FREE or x.operation.endswith("-done"):
-        return False
-    # Parts that lie side by side already.
-    return 'custom_call_target="ConcatBitcast"' not in x.line
-
-
-def is_kernel(x: Instruction, types: dict[str, str]) -> bool:
-    """Returns whether an instruction computes arrays, not scalars, and is no copy."""
-    if x.operation in ("copy-start", "slice-start", "copy"):
-        return False
-    every = [x.type, *(types[name] for name in x.operands)]
-    return any(dims for type_ in every for _, dims, _ in ARRAY.findall(type_))
-
-
 def bytes_of(x: Instruction, types: dict[str, str]) -> int:
     """Returns the bytes that an instruction moves to and from the main memory."""
     if x.operation in ("copy-start", "slice-start"):
-        # The type names the source, the result and a flag. A slice reads as much as it
-        # returns.
+        # The type names source, result and a flag. A slice reads what it returns.
         arrays = [array for array in ARRAY.findall(x.type) if array[1]]
         size = min(nbytes(*array, everywhere=True) for array in arrays)
         return sum(min(nbytes(*array), size) for array in arrays)
@@ -143,15 +109,13 @@ def nbytes(dtype: str, dims: str, layout: str, everywhere: bool = False) -> int:
     """Returns the bytes of an array, with padding; 0 if it is not in main memory."""
     if dtype not in SIZES:
         raise ValueError(f"{dtype}: its size is not known here")
-    space = re.search(r"S\((\d+)\)", layout)
-    if space and not everywhere:
+    if "S(" in layout and not everywhere:
         return 0
     shape = [int(n) for n in dims.split(",") if n]
     order = [int(i) for i in layout.split(":")[0].split(",") if i]
     if order:
         shape = [shape[i] for i in reversed(order)]  # the last one is contiguous
-    tile = re.search(r"T\(([\d,]+)\)", layout)
-    if tile:
+    if tile := re.search(r"T\(([\d,]+)\)", layout):
         sizes = [int(n) for n in tile[1].split(",")]
         shape = [1] * (len(sizes) - len(shape)) + shape
         for i, size in enumerate(reversed(sizes), 1):

@@ -2,11 +2,8 @@
 
 A small network learns a function with float32 parameters, with bfloat16 parameters
 alone, and with `bfloat16_parameters` in its three settings. All see the same batches.
-
-    python examples/bfloat16_parameters.py --out out
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,7 @@ from adam3_optax import (
 
 WIDTH, BATCH, STEPS = 256, 128, 2000
 SCHEDULE = optax.cosine_decay_schedule(1e-3, STEPS)
-REMAINDERS: dict[str, Any] = {
-    "remainder None": None,
-    "remainder int8": "int8",
-    "remainder int16": "int16",
-}
+REMAINDERS = {f"remainder {x}": x for x in (None, "int8", "int16")}
 WAYS = ("float32", "bfloat16 alone", *REMAINDERS)
 
 
@@ -86,10 +79,8 @@ def train(way: str) -> tuple[np.ndarray, float]:
 
 def main() -> None:
     """Trains in all ways, prints a table, and draws the losses."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="for the figure")
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
+    path = Path("out", "bfloat16_parameters.png")
+    path.parent.mkdir(exist_ok=True)
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     panel = figure.subplots()
     print(f"{'parameters':15}  {'loss':>7}  updates lost")
@@ -107,8 +98,8 @@ def main() -> None:
     panel.set_ylabel("loss, mean of 50 steps")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
-    figure.savefig(folder / "bfloat16_parameters.png")
-    print(f"Figure: {folder / 'bfloat16_parameters.png'}")
+    figure.savefig(path)
+    print(f"Figure: {path}")
 
 
 if __name__ == "__main__":

@@ -17,34 +17,33 @@ This is a demonstration, not a benchmark: one model, one learning rate, one seed
 makes no claim that AdaM3 wins. Ctrl-C ends the training and reports the losses so far.
 """
 
-import contextlib
+import argparse
 import functools
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any, get_args
-
-from char_input import BATCH, CONTEXT, STATES, Corpus, load, parse, windows_at
-
-if __name__ == "__main__":
-    # There is nothing to report yet: Ctrl-C just ends the program.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    OPTIONS = parse(sys.argv[1:], __doc__)  # before the imports, which take seconds
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from char_input import BATCH, CONTEXT, Corpus, load, windows_at
 from char_report import Run, draw, headline, table
 from flax import nnx
-from rich.progress import BarColumn, Progress, TextColumn
 
 from adam3_optax import ThirdMoment, adam3w, third_moment_report
 
 # What other examples and the benchmarks take from here, beside the model.
-__all__ = ["BATCH", "CONTEXT", "FORMS", "STATES", "Corpus", "load", "windows_at"]
+__all__ = ["BATCH", "CONTEXT", "FORMS", "Corpus", "load", "windows_at"]
 
 FORMS = get_args(ThirdMoment)
+STATES: dict[str, dict[str, str]] = {  # how m, v and s are stored: 12 to 4 bytes in all
+    "float32": {},
+    "bfloat16": dict.fromkeys(("m_dtype", "v_dtype", "s_dtype"), "bfloat16"),
+    "float8": {"m_dtype": "float8", "v_dtype": "bfloat16", "s_dtype": "float8"},
+}
 LAYERS, WIDTH, HEADS = 2, 96, 4
 RULE = {"b1": 0.9, "b2": 0.999, "b3": 0.999, "lam": 0.01, "tau": 1.0}
 SAMPLE, TEMPERATURE = 400, 0.8
@@ -131,80 +130,85 @@ def train(runs: list[Run], graph: Any, params: Any, options: Any) -> bool:
     for run in runs:
         run.params = jax.tree.map(jnp.copy, params)  # a step takes its buffers
         run.state = run.optimizer.init(run.params)
-    columns = (BarColumn(None), TextColumn("{task.completed} {task.description}"))
-    bar = Progress(*columns, expand=True, disable=not sys.stdout.isatty())
-    task = bar.add_task("", total=options.steps)
-    print("Compiling ...", flush=True)
-    interrupted: list[bool] = []
+    interrupted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
     every = max(10, options.steps // 15)
-
-    def interrupt(*_: Any) -> None:  # a second Ctrl-C ends the program
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with contextlib.ExitStack() as stack:
-        for number in range(1, options.steps + 1):
-            starts = rng.integers(len(corpus.training) - CONTEXT, size=BATCH)
-            windows = windows_at(corpus.training, starts)
-            for run, step in zip(runs, steps, strict=True):
-                began = time.perf_counter()
-                run.params, run.state, loss = step(run.params, run.state, windows)
-                run.losses.append(float(loss))  # waits until the step is done
-                if number > 1:  # the first one compiles
-                    run.seconds += time.perf_counter() - began
+    print("Compiling ...", flush=True)
+    for number in range(1, options.steps + 1):
+        starts = rng.integers(len(corpus.training) - CONTEXT, size=BATCH)
+        windows = windows_at(corpus.training, starts)
+        for run, step in zip(runs, steps, strict=True):
+            began = time.perf_counter()
+            run.params, run.state, loss = step(run.params, run.state, windows)
+            run.losses.append(float(loss))  # waits until the step is done
+            if number > 1:  # the first one compiles
+                run.seconds += time.perf_counter() - began
+        if interrupted or number in (1, options.steps) or number % every == 0:
+            for run in runs:
+                loss = evaluate(run.params, graph, corpus.held_out)
+                run.validation[number] = float(loss)
             latest = "  ".join(run.latest() for run in runs)
-            bar.update(task, completed=number, description=latest)
-            if interrupted or number in (1, options.steps) or number % every == 0:
-                for run in runs:
-                    loss = evaluate(run.params, graph, corpus.held_out)
-                    run.validation[number] = float(loss)
-                if bar.disable:  # lines where there is no terminal for a bar
-                    print(f"step {number:>5}  {latest}", flush=True)
-            if number == 1:  # all is compiled, and there is something to report
-                signal.signal(signal.SIGINT, interrupt)
-                stack.enter_context(bar)
-            if interrupted:
-                return False
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return True
+            print(f"step {number:>5}  {latest}", flush=True)
+        if interrupted:
+            break
+    signal.signal(signal.SIGINT, before)
+    return not interrupted
 
 
-def main(options: Any) -> int:
+def parse() -> argparse.Namespace:
+    """Returns the options, with the text as `corpus`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = functools.partial(parser.add_argument, help="default: %(default)s")
+    add("--text", type=Path, help="a UTF-8 file; default: Python's help topics")
+    add("--steps", type=int, default=1500)
+    add("--seed", type=int, default=0)
+    add("--form", choices=FORMS, default="standardized")
+    add("--state", choices=STATES, default="float32")
+    add("--lr", type=float, default=4e-3)
+    add("--out", type=Path, default=Path("out"), help="a folder; default: %(default)s")
+    options = parser.parse_args()
+    if options.steps < 1 or options.seed < 0 or not 0 < options.lr < 1e3:
+        parser.error("--steps must be at least 1, --seed at least 0, --lr above 0")
+    try:
+        options.corpus = load(options.text)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return options
+
+
+def main() -> int:
     """Trains, reports and returns the exit status."""
-    if options.form not in FORMS:
-        wrong = f"char_lm.py: --form {options.form}: not one of {', '.join(FORMS)}"
-        print(wrong, file=sys.stderr)
-        return 2
-    warm_up = min(100, options.steps // 10)
+    options = parse()
     rate = optax.warmup_cosine_decay_schedule(
-        0.0, options.lr, warm_up, options.steps, end_value=options.lr / 10
+        0.0, options.lr, min(100, options.steps // 10), options.steps, options.lr / 10
     )
     rule: dict[str, Any] = {**RULE, "third_moment": options.form}
     ours = Run("AdaM3W", adam3w(rate, **rule, **STATES[options.state]))
     theirs = Run("AdamW", optax.adamw(rate, RULE["b1"], RULE["b2"]))
-    runs = [ours, theirs]
-    characters = len(options.corpus.alphabet)
-    graph, params = nnx.split(Transformer(characters, nnx.Rngs(options.seed)))
+    runs, alphabet = [ours, theirs], options.corpus.alphabet
+    graph, params = nnx.split(Transformer(len(alphabet), nnx.Rngs(options.seed)))
     if not train(runs, graph, params, options):
         print(f"Interrupted.\n{table(runs)}", flush=True)
         return 130
     report = third_moment_report(ours.state, **rule)
     ours.ratio = f"{float(report.overall.ratio):.1e}"
-    print(f"\n{table(runs)}\n{headline(runs)}.\n{report.verdict()}", flush=True)
+    print(f"\n{table(runs)}\n{headline(runs)}.\n{report.verdict()}")
     print(
         "One seed, nothing tuned. Against AdamW tuned as hard, over 20 seeds, the third"
     )
     print("moment made no useful difference on such models: docs/evidence.md.")
-    draw(runs, options.figure)
     prompt, key = options.corpus.held_out[0, :-1], jax.random.key(options.seed)
     tokens = generate(ours.params, graph, prompt, key).tolist()
-    sample = "".join(options.corpus.alphabet[token] for token in tokens)
-    options.sample.write_text(sample + "\n", encoding="utf-8")
+    sample = "".join(alphabet[token] for token in tokens)
     print(f"\nAdaM3W's model writes:\n{sample}\n")
-    print(f"Loss curves: {options.figure}\nSample: {options.sample}")
+    draw(runs, options.out / "char_lm.png")
+    print(f"Loss curves: {options.out / 'char_lm.png'}")
     return 0
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a sample may be in any script
-    sys.exit(main(OPTIONS))
+    sys.exit(main())

@@ -52,36 +52,32 @@ def headline(runs: list[Run]) -> str:
     return f"{names}: validation loss {losses[0]} against {losses[1]}"
 
 
-def smooth(losses: Any, width: int) -> tuple[Any, Any]:
-    """Returns steps and the mean of so many losses about each."""
-    means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-    return np.arange(len(means)) + (width + 1) / 2, means
-
-
 def draw(runs: list[Run], path: Path) -> None:
     """Writes the figure: the losses, and their difference."""
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(5, 2))
     ours, theirs = runs
     width = min(25, 1 + len(ours.losses) // 20)
+
+    def smooth(losses: Any) -> tuple[Any, Any]:
+        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        return np.arange(len(means)) + (width + 1) / 2, means
+
     # One curve may hide the other: the second is dashed, and its dots sit in rings.
-    for run, line, dots in (
-        (ours, {"c": "C3", "ls": "-"}, {"c": "C3", "ms": 9, "mfc": "none"}),
-        (theirs, {"c": "C0", "ls": "--"}, {"c": "C0", "ms": 4}),
+    for run, color, line, dots in (
+        (ours, "C3", "-", "none"),
+        (theirs, "C0", "--", "C0"),
     ):
-        upper.plot(*smooth(run.losses, width), **line, label=run.name)
+        upper.plot(*smooth(run.losses), line, c=color, label=run.name)
         points = zip(*run.validation.items(), strict=True)
-        upper.plot(*points, "o", **dots, label="validation")
+        upper.plot(*points, "o", c=color, mfc=dots, label="validation")
     lower.axhline(0, c="0.8")
-    lower.plot(*smooth(np.subtract(ours.losses, theirs.losses), width), c="0.5")
+    lower.plot(*smooth(np.subtract(ours.losses, theirs.losses)), c="0.5")
     gaps = [ours.validation[i] - theirs.validation[i] for i in ours.validation]
     lower.plot(list(ours.validation), gaps, "k.")
-    lower.set_ylabel(f"{ours.name}\nminus {theirs.name}")
-    for panel in (upper, lower):
-        panel.spines[["top", "right"]].set_visible(False)
     upper.set_title(headline(runs), loc="left", weight="bold", size="medium")
     upper.set_ylabel("loss, nats a character")
     upper.legend(frameon=False, ncols=2)
+    lower.set_ylabel(f"{ours.name}\nminus {theirs.name}")
     lower.set_xlabel("step (lines: training, smoothed)")
-    figure.align_ylabels()
     figure.savefig(path)

@@ -4,8 +4,6 @@
 scikit-learn, so nothing is downloaded.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,7 @@ from sklearn.model_selection import train_test_split
 
 from adam3_optax import adam3w
 
-BATCH = 64
+BATCH, EPOCHS = 64, 20
 
 
 class Network(nn.Module):
@@ -57,10 +55,6 @@ def accuracy(state: TrainState, images: jax.Array, labels: jax.Array) -> jax.Arr
 
 def main() -> None:
     """Trains, and prints the accuracy on digits not trained on."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
-    epochs = parser.parse_args().epochs
-
     digits, labels = load_digits(return_X_y=True)
     images, test_images, labels, test_labels = train_test_split(
         digits.astype(np.float32) / 16, labels, stratify=labels, random_state=0
@@ -72,7 +66,7 @@ def main() -> None:
         tx=adam3w(3e-3, weight_decay=1e-2, mask=matrices),
     )
     rng = np.random.default_rng(0)
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, EPOCHS + 1):
         losses = []
         order = rng.permutation(len(images))
         for batch in order[: len(order) // BATCH * BATCH].reshape(-1, BATCH):

@@ -41,17 +41,15 @@ def shard(leaf: Any) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def make_model() -> tuple[Any, Any]:
-    """Returns the model's graph and its parameters."""
-    return nnx.split(char_lm.Transformer(len(corpus.alphabet), nnx.Rngs(0)))
+def make_model() -> Any:
+    """Returns the model."""
+    return char_lm.Transformer(len(corpus.alphabet), nnx.Rngs(0))
 
 
-graph, shapes = nnx.split(
-    nnx.eval_shape(lambda: char_lm.Transformer(len(corpus.alphabet), nnx.Rngs(0)))
-)
+graph, shapes = nnx.split(nnx.eval_shape(make_model))
 where = jax.tree.map(shard, shapes)
 where_state = state_shardings(optimizer, shapes, where)
-params = jax.jit(lambda: make_model()[1], out_shardings=where)()
+params = jax.jit(lambda: nnx.state(make_model()), out_shardings=where)()
 state = jax.jit(optimizer.init, out_shardings=where_state)(params)
 
 

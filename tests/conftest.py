@@ -7,7 +7,6 @@ from functools import partial
 
 import jax
 import pytest
-from hypothesis import settings
 
 # `make test-gpu` sets this to "cuda" or "rocm". What has no place of its own then lies
 # on the GPU; a mesh is still made of the CPU's eight devices, for they are the default.
@@ -23,9 +22,6 @@ if GPU:
 # the test takes `standard_promotion`.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-settings.register_profile("adam3", deadline=None, max_examples=30, derandomize=True)
-settings.load_profile("adam3")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

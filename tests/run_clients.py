@@ -23,24 +23,22 @@ class Outcomes:
         self.tests: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        name = report.nodeid.rsplit("::")[-1]
         if report.failed or (report.when == "call" and report.passed):
-            self.tests[name] = report.outcome
+            self.tests[report.nodeid.rsplit("::")[-1]] = report.outcome
 
 
 def main(path: Path, distributions: list[str]) -> int:
     outcomes = Outcomes()
     status = pytest.main(["-q", "-m", "slow or not slow", *TESTS], plugins=[outcomes])
     shown = ["jax", "jaxlib", "optax", "flax", *distributions]
-    versions = {name: version(name) for name in shown}
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: version(name) for name in shown},
         "tests": outcomes.tests,
     }
     path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    print(", ".join(f"{name} {number}" for name, number in versions.items()))
+    print(record["versions"])
     return int(status)
 
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from adam3_optax import _rule
+from adam3_optax import _formats, _rule
 from tests import reference
 
 FORMS: tuple[Any, ...] = tuple(_rule.FORMS)
@@ -33,11 +33,8 @@ def all_at(setting: Any) -> dict[str, Any]:
 
 
 # "mixed" has every other format: where moments do not meet, it stands for all.
-MIXED: dict[str, Any] = {
-    "m_dtype": "float8",
-    "v_dtype": "float32",
-    "s_dtype": "bfloat16",
-}
+MIXED: dict[str, Any] = {**all_at("float8"), "v_dtype": "float32"}
+MIXED |= {"s_dtype": "bfloat16"}
 STORAGE: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16": all_at("bfloat16"),
@@ -56,7 +53,18 @@ def each_storage(*names: str) -> pytest.MarkDecorator:
 
 
 EACH_STORAGE = each_storage("default", "bfloat16", "float8", "mixed", "adam")
-EACH_NARROW = each_storage("bfloat16", "float8", "mixed")
+
+
+def without_s(storage: dict[str, Any]) -> dict[str, Any]:
+    """Returns the same for `third_moment=None`."""
+    return {k: x for k, x in storage.items() if k != "s_dtype"} | {"third_moment": None}
+
+
+def loaded(state: Any, form: Any = "cubic") -> Any:
+    """Returns the moments of a state of one leaf, as numbers."""
+    formats = _formats.formats_of(state.moments, _rule.FORMS.get(form))
+    found = _formats.loaded(formats, state.moments)
+    return _rule.Moments(*(np.asarray(x, np.float64) for x in found))
 
 
 # Parameters and gradients.
@@ -66,6 +74,11 @@ BF16, F16, F32, F64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
 
 def normal(*shape: int, seed: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), F32)
+
+
+def noise(i: Any, shape: Any = (16, 256)) -> jax.Array:
+    """Returns normal noise of step i."""
+    return jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)
 
 
 PARAMS = {"w": normal(4, 32, seed=0), "b": normal(4, seed=1)}
@@ -112,15 +125,23 @@ def scan(optimizer: Any, params: Any, gradients: Any) -> Any:
     return jax.lax.scan(body, (params, optimizer.init(params)), gradients)[0]
 
 
+def run(optimizer: Any, gradient: Any, shape: Any, steps: int) -> Any:
+    """Returns the updates and the last state, of gradients that are a function of i."""
+
+    def body(state: Any, i: Any) -> Any:
+        u, state = optimizer.update(gradient(i), state)
+        return state, u
+
+    state = optimizer.init(jnp.zeros(shape))
+    scanned = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(steps)))
+    state, updates = scanned(state)
+    return np.asarray(updates, np.float64), state
+
+
 def moments(state: Any) -> list[Any]:
     """Returns the fields m, v and s of the one AdaM3 in a state, or m and v of Adam."""
     fields = [optax.tree.get(state, name) for name in "mvs"]
     return [x for x in fields if not isinstance(x, optax.EmptyState)]
-
-
-def compiles(jitted: Any) -> int:
-    count: int = jitted._cache_size()
-    return count
 
 
 # Comparisons.

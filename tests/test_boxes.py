@@ -1,7 +1,6 @@
 """State where parameters carry sharding metadata: Linen, NNX and the like."""
 
 import functools
-import pickle
 from typing import Any
 
 import flax.linen as nn
@@ -9,43 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import nnx
 from flax.training import train_state
 from jax.sharding import AxisType
 
 from adam3_optax import (
+    BFloat16ParametersState,
     adam3w,
+    bfloat16_parameters,
     convert_state,
     from_adam_state,
-    scale_by_adam3,
     state_shardings,
     third_moment_report,
     to_adam_state,
+    to_float32_parameters,
 )
-from tests.settings import STORAGE, assert_close, assert_same, structure, types
+from tests.settings import BF16, STORAGE, assert_close, assert_same, structure, types
 from tests.test_sharding import collectives
 
-FLOAT8 = STORAGE["float8"]
-NAMES = {"rows": ("x", None), "columns": (None, "x"), "both": ("x", "y")}
-EACH_NAMES = pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
-KINDS = AxisType.Auto, AxisType.Explicit
-EACH_KIND = pytest.mark.parametrize("kind", KINDS)
-MESHES = [
-    *((8, kind, names) for kind in KINDS for names in NAMES.values()),
-    (1, AxisType.Explicit, NAMES["rows"]),
-]
-EACH_MESH = pytest.mark.parametrize(("devices", "kind", "names"), MESHES)
-# Without `jit` each operation is a program of its own, so one case takes seconds.
-QUICK = [(8, AxisType.Auto, NAMES["both"]), (1, AxisType.Explicit, NAMES["rows"])]
-EACH_EAGER_MESH = pytest.mark.parametrize(
-    ("devices", "kind", "names"),
-    [
-        pytest.param(*mesh, marks=[] if mesh in QUICK else pytest.mark.slow)
-        for mesh in MESHES
-    ],
-)
+FLOAT8 = adam3w(0.1, weight_decay=0.5, **STORAGE["float8"])
+BOTH, ROWS, COLUMNS = ("x", "y"), ("x", None), (None, "x")
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
 
 def mesh_of(devices: int, kind: AxisType) -> jax.sharding.Mesh:
@@ -53,174 +37,108 @@ def mesh_of(devices: int, kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((devices // y, y), ("x", "y"), axis_types=(kind, kind))
 
 
-def boxed(names: Any) -> dict[str, Any]:
+def drawn(_: Any, shape: Any, dtype: Any = jnp.float32, **__: Any) -> jax.Array:
+    """Initializes by NumPy's numbers; those of `jax.random` would be compiled."""
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def boxed(names: Any = BOTH) -> dict[str, Any]:
     """Returns Linen parameters in boxes: a kernel, and a bias along its last axis."""
-    rng = np.random.default_rng(0)
     return {
-        "kernel": nn.Partitioned(jnp.float32(rng.normal(size=(16, 32))), names=names),
-        "bias": nn.Partitioned(jnp.float32(rng.normal(size=32)), names=names[1:]),
+        "kernel": nn.Partitioned(drawn(0, (16, 32)), names=names),
+        "bias": nn.Partitioned(drawn(1, (32,)), names=names[1:]),
     }
 
 
-# Linen.
+class Model(nnx.Module):
+    def __init__(self, names: Any) -> None:
+        split = functools.partial(nnx.with_partitioning, drawn)
+        inits: Any = {"kernel_init": split(names), "bias_init": split(names[1:])}
+        self.linear = nnx.Linear(16, 32, rngs=nnx.Rngs(0), **inits)
 
 
-@functools.cache
-def linen_on_one_device() -> Any:
-    """Returns parameters and state after two steps, without boxes."""
-    params, optimizer = nn.meta.unbox(boxed(NAMES["rows"])), adam3w(0.1, **FLOAT8)
-    update = jax.jit(optimizer.update)
-    state = optimizer.init(params)
-    for _ in range(2):
-        updates, state = update(jax.tree.map(jnp.sin, params), state, params)
-        params = optax.apply_updates(params, updates)
-    return jax.device_get((params, state))
+# A `TrainState`, sharded by its boxes as in Flax's own examples: shapes, then shardings
+# by the boxes, then a compiled init.
 
 
-@EACH_MESH
-def test_linen_as_its_examples_do(devices: int, kind: AxisType, names: Any) -> None:
-    # As in Flax's lm1b: shapes, then shardings by the boxes, then a compiled init.
-    mesh = mesh_of(devices, kind)
-    optimizer = adam3w(0.1, **FLOAT8)
+def nnx_boxed(names: Any) -> Any:
+    return nnx.state(Model(names), nnx.Param)
+
+
+def narrow_boxed(names: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(BF16), boxed(names))
+
+
+@pytest.mark.parametrize(
+    ("make", "devices", "kind", "names"),
+    [
+        (boxed, 8, AUTO, BOTH),
+        (boxed, 8, EXPLICIT, BOTH),
+        (boxed, 1, EXPLICIT, ROWS),
+        (nnx_boxed, 8, AUTO, BOTH),
+        (narrow_boxed, 8, AUTO, COLUMNS),
+    ],
+)
+def test_a_train_state_as_flax_examples_make_it(
+    make: Any, devices: int, kind: AxisType, names: Any, standard_promotion: None
+) -> None:
+    optimizer = bfloat16_parameters(FLOAT8) if make is narrow_boxed else FLOAT8
 
     def init() -> Any:
-        return train_state.TrainState.create(
-            apply_fn=lambda: None, params=boxed(names), tx=optimizer
-        )
+        params = make(names)
+        return train_state.TrainState.create(apply_fn=init, params=params, tx=optimizer)
 
     def step(state: Any) -> Any:
         return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
 
+    with jax.set_mesh(mesh_of(1, AUTO)):
+        want = jax.jit(step)(jax.jit(step)(jax.jit(init)()))
+    mesh = mesh_of(devices, kind)
     with jax.set_mesh(mesh):
-        shardings = nn.get_sharding(jax.eval_shape(init), mesh)
-        state = jax.jit(init, out_shardings=shardings)()
-        jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
+        shapes = jax.eval_shape(init)
+        sharding_of = nnx.get_named_sharding if make is nnx_boxed else nn.get_sharding
+        where: Any = sharding_of(shapes, mesh)
+        # The boxes say what `state_shardings` says.
+        ours = state_shardings(optimizer, shapes.params, where.params)
+        assert jax.tree.leaves(m_of(ours)) == jax.tree.leaves(m_of(where.opt_state))
+        state = jax.jit(init, out_shardings=where)()
+        jitted = jax.jit(step, out_shardings=where, donate_argnums=0)
+        assert not collectives(jitted.lower(state).compile().as_text() or "")
         state = jitted(jitted(state))
-    found = nn.meta.unbox((state.params, state.opt_state))
-    assert_close(jax.device_get(found), linen_on_one_device())
-    m = state.opt_state[0].m["kernel"].value
-    assert m.sharding.shard_shape(m.shape) == tuple(
-        size // (mesh.shape[name] if name else 1)
-        for size, name in zip((16, 32), names, strict=True)
-    )
+    assert_close(numbers(state), numbers(want))
 
 
-@EACH_NAMES
-def test_linen_state_is_split_further_for_zero1(names: Any) -> None:
-    # As MaxText does it: a data axis joins the first axis that it divides.
-    mesh = jax.make_mesh((2, 2, 2), ("data", "x", "y"), axis_types=(AxisType.Auto,) * 3)
-    params, optimizer = boxed(names), adam3w(0.1, **FLOAT8)
-    state = jax.eval_shape(optimizer.init, params)
-
-    def split(x: Any, sharding: Any) -> Any:
-        sizes, spec = sharding.shard_shape(x.shape), sharding.spec
-        for i, (size, name) in enumerate(zip(sizes, spec, strict=False)):
-            if size % 2 == 0:
-                joined = ("data",) if name is None else ("data", name)
-                spec = type(spec)(*spec[:i], joined, *spec[i + 1 :])
-                return sharding.update(spec=spec)
-        return sharding
-
-    shapes = nn.meta.unbox(state)
-    where = jax.tree.map(split, shapes, nn.get_sharding(state, mesh))
-    made = jax.jit(lambda: nn.meta.unbox(optimizer.init(params)), out_shardings=where)()
-    plain = nn.meta.unbox(params)
-    updates, _ = jax.jit(optimizer.update, out_shardings=(None, where))(
-        plain, made, plain
-    )
-    expected, _ = jax.jit(optimizer.update)(plain, optimizer.init(plain), plain)
-    assert_close(jax.device_get(updates), jax.device_get(expected))
+def numbers(state: Any) -> list[Any]:
+    """Returns parameters and moments; of a bfloat16 and its remainder, their sum."""
+    params, opt_state = state.params, state.opt_state
+    if isinstance(opt_state, BFloat16ParametersState):
+        params, opt_state = to_float32_parameters(params, opt_state), opt_state[0]
+    return jax.tree.leaves(jax.device_get((params, opt_state)))
 
 
-@EACH_KIND
-@EACH_NAMES
-def test_devices_tell_each_other_nothing(kind: AxisType, names: Any) -> None:
-    mesh, params, optimizer = mesh_of(8, kind), boxed(names), adam3w(0.1, **FLOAT8)
-    where: Any = nn.get_sharding(params, mesh)
-    where_state = nn.get_sharding(jax.eval_shape(optimizer.init, params), mesh)
-    # The boxes say what `state_shardings` says.
-    ours = state_shardings(optimizer, params, where)
-    assert jax.tree.leaves(where_state[0].moments) == jax.tree.leaves(ours[0].moments)
-    placed: Any = jax.device_put(params, where)
-    state = jax.jit(optimizer.init, out_shardings=where_state)(placed)
-    update = jax.jit(optimizer.update, out_shardings=(where, where_state))
-    text = update.lower(placed, state, placed).compile().as_text() or ""
-    assert not collectives(text)
+def m_of(state: Any) -> Any:
+    return optax.tree.get(state, "ScaleByAdam3State").m
+
+
+# Any step, boxed or not.
 
 
 def test_boxes_change_no_number() -> None:
-    params = boxed(NAMES["both"])
+    params = boxed()
     plain = nn.meta.unbox(params)
-    optimizer = adam3w(0.1, **FLOAT8)
-    states = optimizer.init(params), optimizer.init(plain)
+    state, expected = FLOAT8.init(params), FLOAT8.init(plain)
     for _ in range(3):
-        got, boxed_state = optimizer.update(params, states[0], params)
-        want, plain_state = optimizer.update(plain, states[1], plain)
-        states = boxed_state, plain_state
+        got, state = FLOAT8.update(params, state, params)
+        want, expected = FLOAT8.update(plain, expected, plain)
     assert structure(got) == structure(params)
-    assert_same(nn.meta.unbox(got), want)
-    assert_same(nn.meta.unbox(states[0]), states[1])
-    assert types(states[0]) == types(optimizer.init(params))
+    assert types(state) == types(FLOAT8.init(params))
+    assert_same(nn.meta.unbox((got, state)), (want, expected))
     # Boxed and plain trees may meet: NNX keeps boxes and passes plain trees.
-    mixed, state = optimizer.update(plain, states[0], plain)
-    assert_same(mixed, optimizer.update(plain, states[1], plain)[0])
-    assert types(state) == types(states[0])
-
-
-def test_optax_finds_the_parameters_in_the_state() -> None:
-    params, optimizer = boxed(NAMES["both"]), adam3w(0.1, **FLOAT8)
-    state = optimizer.init(params)
-    for rest in ((), (params,)):
-        mapped = optax.tree.map_params(
-            optimizer, lambda x, *_: jnp.ones_like(x), state, *rest
-        )
-        assert structure(mapped) == structure(state)
-        assert mapped[0].count == 0
-        assert all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(mapped[0].moments))
-
-
-def test_checkpoints_and_conversions_keep_boxes(tmp_path: Any) -> None:
-    params, optimizer = boxed(NAMES["both"]), adam3w(0.1, **FLOAT8)
-    _, state = optimizer.update(params, optimizer.init(params), params)
-    new = optimizer.init(params)
-    restored = [
-        pickle.loads(pickle.dumps(state)),
-        serialization.from_bytes(new, serialization.to_bytes(state)),
-        serialization.from_state_dict(new, serialization.to_state_dict(state)),
-    ]
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        restored.append(checkpointer.restore(tmp_path / "state", shapes))
-    for x in restored:
-        assert_same(x, state)
-    wide = convert_state(state)
-    assert structure(wide[0].s) == structure(params)
-    again = convert_state(wide, **FLOAT8)
-    assert structure(again) == structure(state)
-    assert_close(nn.meta.unbox(convert_state(again)), nn.meta.unbox(wide), rtol=1e-5)
-    back = from_adam_state(to_adam_state(state), **FLOAT8)
-    assert structure(back) == structure(state)
-    report = third_moment_report(
-        state, b1=0.9, b2=0.999, b3=0.999, lam=0.01, tau=1.0, third_moment="cubic"
-    )
-    assert len(report.leaves) == 2
-
-
-def test_masks_and_gradients_of_none_in_boxes() -> None:
-    params = boxed((None, "x")) | {"integer": nn.Partitioned(jnp.arange(3), (None,))}
-    gradients = params | {"integer": params["integer"].replace(value=None)}
-    optimizer = adam3w(0.1, weight_decay=0.5, mask=lambda p: jax.tree.map(
-        lambda x: x.ndim > 1, p), **FLOAT8)  # fmt: skip
-    updates, state = optimizer.update(gradients, optimizer.init(params), params)
-    assert updates["integer"].value is None
-    assert structure(state) == structure(optimizer.init(params))
-    frozen = optax.masked(scale_by_adam3(**FLOAT8), {
-        "kernel": True, "bias": False, "integer": False,
-    })  # fmt: skip
-    updates, _ = frozen.update(params, frozen.init(params))
-    assert_same(updates["bias"], params["bias"])
+    want, _ = FLOAT8.update(plain, expected, plain)
+    for of_params in (params, plain):
+        mixed, after = FLOAT8.update(plain, state, of_params)
+        assert_same(mixed, want)
+        assert types(after) == types(state)
 
 
 def matrices(params: Any) -> Any:
@@ -228,62 +146,40 @@ def matrices(params: Any) -> Any:
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-@pytest.mark.parametrize("storage", [{}, FLOAT8, {"third_moment": None}])
-def test_empty_boxes_pass_through(storage: Any) -> None:
-    params = boxed(NAMES["both"]) | {"none": nn.Partitioned(None, names=(None,))}
-    optimizer = optax.masked(adam3w(0.1, **storage), matrices)
+@pytest.mark.parametrize("name", ["default", "float8", "adam"])
+def test_empty_boxes_pass_through(name: str) -> None:
+    params = boxed() | {"none": nn.Partitioned(None, names=(None,))}
+    settings: Any = {"third_moment": "cubic"} | STORAGE[name]
+    optimizer = optax.masked(adam3w(0.1, **settings), matrices)
     state = optimizer.init(params)
     for _ in range(2):
         updates, state = optimizer.update(params, state, params)
-    assert structure(state) == structure(optimizer.init(params))
     assert_same(updates["bias"], params["bias"])
-    form = storage.get("third_moment", "cubic")
-    kept = {k: v for k, v in storage.items() if k != "third_moment"}
-    wide = convert_state(state, third_moment=form)
-    assert structure(convert_state(wide, third_moment=form, **kept)) == structure(state)
-    adam = to_adam_state(state)
-    back = from_adam_state(adam, third_moment=form, **kept)
-    assert structure(back) == structure(state)
-    if form is not None:
+    assert types(state) == types(optimizer.init(params))
+    # So do shardings, conversions and reports.
+    boxes = nn.get_sharding(params, mesh_of(4, AUTO))
+    where = state_shardings(optimizer, params, boxes)
+    jax.jit(optimizer.init, out_shardings=where)(params)
+    wide = convert_state(state, third_moment=settings["third_moment"])
+    back = from_adam_state(to_adam_state(state), **settings)
+    for other in (convert_state(wide, **settings), back):
+        assert types(other) == types(state)
+    if name != "adam":
         known: Any = {"b1": 0.9, "b2": 0.999, "b3": 0.999, "lam": 0.01, "tau": 1.0}
-        report = third_moment_report(state, **known, third_moment=form)
-        assert len(report.leaves) == 1
+        report = third_moment_report(state, **known, third_moment="cubic")
+        assert list(report.leaves) == ["['kernel']"]
 
 
-def test_empty_boxes_on_a_mesh() -> None:
-    mesh, params = mesh_of(4, AxisType.Auto), boxed(("x", None))
-    optimizer = optax.masked(adam3w(0.1, **FLOAT8), matrices)
-    where = state_shardings(optimizer, params, nn.get_sharding(params, mesh))
-    state = jax.jit(optimizer.init, out_shardings=where)(params)
-    assert structure(state) == structure(optimizer.init(params))
-
-
-def test_plain_gradients_decay_parameters_in_boxes() -> None:
-    params, optimizer = boxed((None, "x")), adam3w(0.1, weight_decay=0.5, **FLOAT8)
-    plain = nn.meta.unbox(params)
-    got, _ = optimizer.update(plain, optimizer.init(params), params)
-    want, _ = optimizer.update(plain, optimizer.init(plain), plain)
-    assert_same(got, want)
+def test_a_box_may_hold_a_gradient_of_none() -> None:
+    params = boxed() | {"integer": nn.Partitioned(jnp.arange(3), names=(None,))}
+    gradients = params | {"integer": params["integer"].replace(value=None)}
+    optimizer = adam3w(0.1, mask=matrices, **STORAGE["float8"])
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    assert updates["integer"].value is None
+    assert types(state) == types(optimizer.init(params))
 
 
 # NNX.
-
-
-def drawn(_: Any, shape: Any, dtype: Any, **__: Any) -> jax.Array:
-    """Initializes by NumPy's numbers; those of `jax.random` would be compiled."""
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
-
-
-class Model(nnx.Module):
-    def __init__(self, names: Any) -> None:
-        split = functools.partial(nnx.with_partitioning, drawn)
-        self.linear = nnx.Linear(
-            16,
-            32,
-            kernel_init=split(names),
-            bias_init=split(names[1:]),
-            rngs=nnx.Rngs(0),
-        )
 
 
 def nnx_step(model: Model, optimizer: Any) -> None:
@@ -291,135 +187,51 @@ def nnx_step(model: Model, optimizer: Any) -> None:
     optimizer.update(model, jax.tree.map(jnp.sin, params))
 
 
-def nnx_pair(names: Any) -> tuple[Model, Any]:
+def nnx_pair(names: Any, transformation: Any = FLOAT8) -> tuple[Model, Any]:
     model = Model(names)
-    return model, nnx.Optimizer(model, adam3w(0.1, **FLOAT8), wrt=nnx.Param)
+    return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
 
-@functools.cache
-def nnx_on_one_device(names: Any) -> list[Any]:
-    """Returns the model before, after one and after two steps."""
-    with jax.set_mesh(mesh_of(1, AxisType.Auto)):
-        model, optimizer = nnx_pair(names)
-        found = [jax.device_get(nnx.state(model))]
-        for _ in range(2):
-            nnx_step(model, optimizer)
-            found.append(jax.device_get(nnx.state(model)))
-    return found
+def nnx_after_two_steps(make: Any, first: Any, second: Any) -> Any:
+    model, optimizer = made = make()
+    first(*made)
+    second(*made)
+    m = optimizer.opt_state[0].m["linear"]["kernel"]
+    assert m[...].sharding.spec == model.linear.kernel[...].sharding.spec
+    return jax.device_get(nnx.state(model))
 
 
-def assert_nnx_steps(made: Any, names: Any, steps: list[Any]) -> None:
-    """Asserts the results of one device, and an m that lies as its parameter does."""
-    for step in steps:
-        step(*made)
-    m = made[1].opt_state[0].m["linear"]["kernel"]
-    assert m[...].sharding.spec == made[0].linear.kernel[...].sharding.spec
-    expected = nnx_on_one_device(names)[len(steps)]
-    assert_close(jax.device_get(nnx.state(made[0])), expected)
-
-
-@EACH_MESH
-def test_nnx_in_nnx_jit_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
-    make: Any = nnx.jit(functools.partial(nnx_pair, names))
+# Without `jit` each operation is a program of its own.
+@pytest.mark.parametrize(
+    ("how", "devices", "kind"),
+    [
+        ("jit", 8, AUTO),
+        ("jit", 8, EXPLICIT),
+        ("jit", 1, EXPLICIT),
+        ("eager", 8, AUTO),
+        ("eager", 1, EXPLICIT),
+        pytest.param("eager", 8, EXPLICIT, marks=pytest.mark.slow),
+    ],
+)
+def test_nnx_under_a_mesh(how: str, devices: int, kind: AxisType) -> None:
+    names = BOTH if devices == 8 else ROWS
+    make: Any = functools.partial(nnx_pair, names)
+    make_jitted, jitted = nnx.jit(make), nnx.jit(nnx_step)
+    with jax.set_mesh(mesh_of(1, AUTO)):
+        want = nnx_after_two_steps(make, jitted, jitted)
     with jax.set_mesh(mesh_of(devices, kind)):
-        assert_nnx_steps(make(), names, [nnx.jit(nnx_step)])
-
-
-@EACH_EAGER_MESH
-def test_nnx_eagerly_under_a_mesh(devices: int, kind: AxisType, names: Any) -> None:
-    with jax.set_mesh(mesh_of(devices, kind)):
-        assert_nnx_steps(nnx_pair(names), names, [nnx_step, nnx.jit(nnx_step)])
-
-
-@EACH_NAMES
-@EACH_KIND
-def test_nnx_state_is_sharded_by_its_boxes(kind: AxisType, names: Any) -> None:
-    # As tunix does it: the boxes of the state say where it lies, and nothing else.
-    with jax.set_mesh(mesh_of(8, kind)):
-        model = Model(names)
-        optimizer = nnx.Optimizer(model, adam3w(0.1, **FLOAT8), wrt=nnx.Param)
-        state = nnx.state(optimizer, nnx.optimizer.OptState)
-        specs = nnx.get_partition_spec(state)
-        if kind == AxisType.Auto:
-            state = jax.jit(lambda x: jax.lax.with_sharding_constraint(x, specs))(state)
+        if how == "jit":
+            got = nnx_after_two_steps(make_jitted, jitted, jitted)
         else:
-            state = jax.tree.map(jax.device_put, state, specs)
-        nnx.update(optimizer, state)
-        nnx.jit(nnx_step)(model, optimizer)
-    assert optimizer.opt_state[0].count == 1
+            got = nnx_after_two_steps(make, nnx_step, jitted)
+    assert_close(got, want)
 
 
-@EACH_NAMES
-def test_nnx_params_in_a_train_state(names: Any) -> None:
-    # As Flax's gemma example does it: shapes, their named shardings, a compiled init.
-    mesh = mesh_of(8, AxisType.Auto)
-
-    def init() -> Any:
-        params = nnx.state(Model(names), nnx.Param)
-        return train_state.TrainState.create(
-            apply_fn=lambda: None, params=params, tx=adam3w(0.1, **FLOAT8)
-        )
-
-    def step(state: Any) -> Any:
-        return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
-
-    with jax.set_mesh(mesh_of(1, AxisType.Auto)):
-        expected = jax.device_get(jax.jit(step)(jax.jit(init)()))
-    with jax.set_mesh(mesh):
-        shardings = nnx.get_named_sharding(jax.eval_shape(init), mesh)
-        state = jax.jit(init, out_shardings=shardings)()
-        state = jax.jit(step, out_shardings=shardings, donate_argnums=0)(state)
-    got, want = (jax.tree.leaves(jax.device_get(x)) for x in (state, expected))
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("how", ["masked", "partition"])
-def test_nnx_with_float8_on_the_matrices_alone(how: str) -> None:
-    ours = adam3w(0.1, **FLOAT8)
-    others = {True: ours, False: optax.sgd(0.1)}
-    transformation = {
-        "masked": optax.masked(ours, matrices),
-        "partition": optax.partition(others, matrices),
-    }[how]
-    with jax.set_mesh(mesh_of(4, AxisType.Auto)):
-        model = Model((None, "x"))
-        optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+def test_nnx_with_float8_on_the_matrices_alone() -> None:
+    parts = {True: FLOAT8, False: optax.sgd(0.1)}
+    with jax.set_mesh(mesh_of(4, AUTO)):
+        model, optimizer = nnx_pair(COLUMNS, optax.partition(parts, matrices))
         nnx_step(model, optimizer)
-        nnx.jit(nnx_step)(model, optimizer)
-
-
-def test_nnx_states_split_and_merge() -> None:
-    with jax.set_mesh(mesh_of(4, AxisType.Auto)):
-        model = Model((None, "x"))
-        optimizer = nnx.Optimizer(model, adam3w(0.1, **FLOAT8), wrt=nnx.Param)
         merged = nnx.merge(*nnx.split(optimizer))
-        nnx_step(model, merged)
-    assert merged.opt_state[0].count == 1
-
-
-# Others.
-
-
-def test_haliax() -> None:
-    hax = pytest.importorskip("haliax", exc_type=ImportError)
-    axes = hax.make_axes(Embed=16, Mlp=32)
-    params = {"kernel": hax.ones(axes)}
-    optimizer = adam3w(0.1, **FLOAT8)
-    state = optimizer.init(params)
-    for _ in range(2):
-        updates, state = optimizer.update(params, state, params)
-    assert updates["kernel"].axes == params["kernel"].axes
-    assert state[0].m["kernel"].axes == params["kernel"].axes
-    plain = {"kernel": params["kernel"].array}
-    expected = optimizer.init(plain)
-    for _ in range(2):
-        want, expected = optimizer.update(plain, expected, plain)
-    np.testing.assert_array_equal(updates["kernel"].array, want["kernel"])
-    # As levanter does it: a compiled init whose shardings come from the axes' names.
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh), hax.axis_mapping({"Mlp": "x"}):
-        state = hax.named_jit(
-            optimizer.init, axis_resources={"Mlp": "x"}, out_axis_resources={"Mlp": "x"}
-        )(params)
-        assert state[0].m["kernel"].array.sharding.spec == jax.P(None, "x")
+        nnx.jit(nnx_step)(model, merged)
+    assert optax.tree.get(merged.opt_state, "ScaleByAdam3State").count == 2

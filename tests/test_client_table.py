@@ -1,64 +1,56 @@
 """docs/clients.md, the tests of clients and the record of their last run agree."""
 
-import ast
 import json
 import re
 from pathlib import Path
 
+from tests.test_interop import WRAPPERS
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 RECORD = json.loads((ROOT / "tests" / "clients_record.json").read_text())
-OF_CLIENTS = ("test_clients", "test_client_patterns")
 VERDICTS = ("works", "with a line", "cannot", "not run")
+# Of each row: client, version, verdict, and what its tests are called, with parameters.
+ROWS = [
+    (
+        *(cell.strip() for cell in cells[:3]),
+        set(re.findall(r"`(test_[^`]+)`", cells[3])),
+    )
+    for cells in re.findall(r"^\|(.*)\|(.*)\|(.*)\|(.*`test_.*)\|$", PAGE, re.M)
+]
+NAMED = set[str]().union(*(names for *_, names in ROWS))
 
 
-def rows() -> list[list[str]]:
-    """Returns the cells of each row: client, version, verdict, tests."""
-    lines = re.findall(r"^\|(.*)\|$", PAGE, re.M)
-    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return [row for row in cells if "`test_" in row[-1]]
+def functions_of(pattern: str) -> set[str]:
+    """Returns the names of the tests in the files of a pattern."""
+    sources = (path.read_text() for path in (ROOT / "tests").glob(pattern))
+    return {
+        name for text in sources for name in re.findall(r"^def (test_\w+)", text, re.M)
+    }
 
 
-def functions_of(name: str) -> set[str]:
-    tree = ast.parse((ROOT / "tests" / f"{name}.py").read_text())
-    functions = (x for x in tree.body if isinstance(x, ast.FunctionDef))
-    return {x.name for x in functions if x.name.startswith("test_")}
-
-
-def test_every_row_has_a_verdict_and_names_tests_that_exist() -> None:
-    files = [path.stem for path in (ROOT / "tests").glob("test_*.py")]
-    known = set.union(*map(functions_of, files))
-    assert len(rows()) >= 20 + 18
-    for row in rows():
+def test_rows_have_a_verdict_and_name_tests_that_exist() -> None:
+    assert len(ROWS) >= 20 + 18
+    assert {name.partition("[")[0] for name in NAMED} <= functions_of("test_*.py")
+    for row in ROWS:
         assert row[2].startswith(VERDICTS), row
-        for name in re.findall(r"`(test_\w+)", row[-1]):
-            assert name in known, name
 
 
-def test_every_test_of_a_client_has_a_row() -> None:
-    named = {name for row in rows() for name in re.findall(r"`(test_\w+)", row[-1])}
-    for file in OF_CLIENTS:
-        assert functions_of(file) <= named, functions_of(file) - named
-
-
-def test_every_wrapper_has_a_row() -> None:
-    source = (ROOT / "tests" / "test_interop.py").read_text()
-    wrappers = set(re.findall(r'^    "(\w+)": (?:lambda o|optax)', source, re.M))
-    named = {name for row in rows() for name in re.findall(r"\[(\w+)\]`", row[-1])}
-    assert len(wrappers) >= 20
-    assert wrappers <= named, wrappers - named
+def test_every_test_of_a_client_and_every_wrapper_has_a_row() -> None:
+    for file in ("test_clients.py", "test_client_patterns.py"):
+        assert functions_of(file) <= NAMED
+    test = "test_wrapped_with_lam_zero_it_is_wrapped_adamw"
+    assert {f"{test}[{wrapper}]" for wrapper in WRAPPERS} <= NAMED
 
 
 def test_the_page_says_what_the_record_says() -> None:
     # Each test that the last run ran passed, and each version is the one that it had.
     assert set(RECORD["tests"].values()) == {"passed"}
     ran = {name.partition("[")[0] for name in RECORD["tests"]}
-    for row in rows():
-        names = set(re.findall(r"`(test_\w+)", row[-1]))
-        if names & functions_of("test_clients"):
-            assert (names <= ran) == (not row[2].startswith("not run")), row
-            for name in re.findall(r"`([\w-]+)`", row[0]):
-                assert row[1] == RECORD["versions"].get(name, row[1]), row
-    pins = (ROOT / "constraints-clients.txt").read_text()
-    for name, number in RECORD["versions"].items():
-        assert re.search(rf"^{re.escape(f'{name}=={number}')}$", pins, re.M), name
+    for client, version, verdict, names in ROWS:
+        if names & functions_of("test_clients.py"):
+            assert (names <= ran) == (not verdict.startswith("not run")), client
+            for name in re.findall(r"`([\w-]+)`", client):
+                assert version == RECORD["versions"].get(name, version), client
+    pins = (ROOT / "constraints-clients.txt").read_text().splitlines()
+    assert {f"{name}=={x}" for name, x in RECORD["versions"].items()} <= {*pins}

@@ -1,11 +1,11 @@
 """The tables of the documentation, from the records that they show.
 
-    python -m docs.tables studies/records/2026-11-23_main_2
+    python -m docs.tables studies/records/2026-11-27_fair
     python -m docs.tables --write studies/records/* benchmarks/records/*
 
 Run it where this repository begins. What a record is, its files say. With --write each
 table takes the place of the one with the same head and first column in docs/; a table
-that is on no page is left out.
+that is on no page is left out. The figures of benchmarks are drawn, too.
 """
 
 import argparse
@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     if not options.write:
         print("\n\n".join(tables))
         return 0
+    for folder, make in makers.items():
+        for kind in (compiled, speed):
+            if make == kind.tables:
+                kind.draw(folder)
     for page in PAGES:
         text = old = page.read_text(encoding="utf-8")
         for table in tables:

@@ -1,19 +1,37 @@
-"""The tables of docs/speed.md and low_precision.md, from a record of compiled.py.
+"""Tables and the figure of a record of benchmarks/compiled.py.
 
-Instructions are from that of instructions.py beside it.
+Some records have the instructions in a file of their own.
 """
 
 import statistics
 from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from benchmarks import common
-from benchmarks.compiled_record import DEVICES, Row, Rows, arms, every, read
 from studies.study.markdown import table
 
-MESH_ARMS = (
-    common.BASELINE,
-    *(f"adam3 cubic, {name}" for name in common.SETTINGS),
-)
+DEVICES = {"v5e": "TPU v5e", "h100": "H100"}
+CUBIC = "adam3 cubic, "
+FORMS = tuple(f"adam3 {form}, " for form in common.FORMS if form)
+FEW = (common.BASELINE, *(CUBIC + name for name in common.SETTINGS))
+Row = dict[str, Any]
+Rows = dict[tuple[str, ...], Row]
+
+
+def read(folder: Path) -> Rows:
+    """Returns the last row of each cell off the mesh: by device, type, tree and arm."""
+    keys = ("device", "dtype", "tree", "arm")
+    rows = [x for x in common.read(folder, "compiled") if "split" not in x]
+    found = {tuple(row[key] for key in keys): row for row in rows}
+    for row in common.read(folder, "instructions"):
+        cell = row["device"], "float32", "one", row["arm"]
+        found.setdefault(cell, {})["instructions"] = row["instructions"]
+    for row in common.read(folder, "compile"):
+        cell = row["device"], "float32", "gpt2", row["arm"]
+        found[cell]["compile_cpu_seconds"] = statistics.median(row["seconds"])
+    return found
 
 
 def shown(row: Row | None, field: str, digits: int = 1) -> str:
@@ -22,55 +40,57 @@ def shown(row: Row | None, field: str, digits: int = 1) -> str:
     return "-" if found is None else f"{found:.{digits}f}"
 
 
-def one_matrix(rows: Rows, counted: dict[tuple[str, str], Row]) -> str:
+def of_forms(rows: Rows, device: str, arm: str, field: str, digits: int = 1) -> str:
+    """Returns a number; of an arm of the cubic form, those of the other forms, too."""
+    names = [arm.replace(CUBIC, form) for form in FORMS] if CUBIC in arm else [arm]
+    found = [rows.get((device, "float32", "one", name), {}) for name in names]
+    numbers = sorted({round(x[field], digits) for x in found if field in x})
+    ends = dict.fromkeys(f"{x:.{digits}f}" for x in (*numbers[:1], *numbers[-1:]))
+    return " to ".join(ends) or "-"
+
+
+def names_of(rows: Rows) -> list[str]:
+    """Returns the arms of one matrix; of the forms with a third moment the first."""
+    arms = dict.fromkeys(x[3] for x in rows if x[1:3] == ("float32", "one"))
+    return [x for x in arms if x.startswith(CUBIC) or not x.startswith(FORMS)]
+
+
+def title(arm: str) -> str:
+    """Returns the name of an arm, in which "cubic" stands for all forms."""
+    return arm.replace("adam3 cubic", "adam3")
+
+
+def one_matrix(rows: Rows) -> str:
     """Returns the bytes and the instructions of a step on one matrix."""
     head = ["optimizer and state", *(f"{x}: bytes" for x in DEVICES.values())]
-    head += ["least possible, without padding", "against `optax.adam`", "temporary"]
+    head += ["least possible, without padding", "temporary"]
     head += ["H100: instructions", "A100: instructions"]
     lines = []
-    for arm in arms(rows):
-        cells, ratios, temporary, floor = [], set(), set(), "-"
-        for device in DEVICES:
-            row = rows.get((device, "float32", "one", arm))
-            base = rows.get((device, "float32", "one", common.BASELINE))
-            cells.append(shown(row, "hbm"))
-            if row and base and "hbm" in row:
-                ratios.add(f"{row['hbm'] / base['hbm']:.2f}")
-                temporary.add(shown(row, "temporary"))
-                floor = shown(row, "floor")
-        ends = ["; ".join(sorted(ratios)), "; ".join(sorted(temporary))]
-        ends += [shown(counted.get((x, arm)), "instructions") for x in ("h100", "a100")]
-        lines.append([arm, *cells, floor, *ends])
+    for arm in names_of(rows):
+        cells = [of_forms(rows, x, arm, "hbm") for x in DEVICES]
+        for field in ("floor", "temporary"):
+            found = [of_forms(rows, x, arm, field) for x in DEVICES]
+            cells.append("; ".join(dict.fromkeys(x for x in found if x != "-")))
+        cells += [of_forms(rows, x, arm, "instructions", 0) for x in ("h100", "a100")]
+        lines.append([title(arm), *cells])
     return table(head, lines)
 
 
 def many_leaves(rows: Rows) -> str:
-    """Returns bytes and kernels on the tree of GPT-2 small."""
-    head = ["device, parameters", "optimizer and state", "bytes"]
-    head += ["least possible, without padding", "kernels", "temporary"]
+    """Returns bytes, kernels and compile times on the tree of GPT-2 small."""
+    head = ["parameters", "optimizer and state"]
+    for name in DEVICES.values():
+        head += [f"{name}: bytes", "kernels"]
     lines = []
-    for device, title in DEVICES.items():
-        for dtype in common.DTYPES:
-            for arm in MESH_ARMS:
+    for dtype in ("float32", "bfloat16"):
+        for arm in FEW:
+            line = [dtype * (arm == FEW[0]), arm]
+            for device in DEVICES:
                 row = rows.get((device, dtype, "gpt2", arm))
-                where = f"{title}, {dtype}" * (arm == MESH_ARMS[0])
-                cells = [shown(row, "hbm"), shown(row, "floor")]
-                cells += [shown(row, "kernels", 0), shown(row, "temporary")]
-                lines.append([where, arm, *cells])
-    return table(head, lines)
-
-
-def compile_times(times: dict[tuple[str, str], Row]) -> str:
-    """Returns the CPU seconds of the compilers, on the tree of GPT-2 small."""
-    head = ["compiling for", "optimizer and state", "CPU seconds", "against Adam's"]
-    lines = []
-    for (device, arm), row in times.items():
-        middle = statistics.median(row["seconds"])
-        base = statistics.median(times[device, common.BASELINE]["seconds"])
-        low, high = min(row["seconds"]), max(row["seconds"])
-        text = f"{middle:.1f} ({low:.1f} to {high:.1f})"
-        lines.append([DEVICES[device], arm, text, f"{middle / base:.1f}"])
-    return table(head, lines)
+                line += [shown(row, "hbm"), shown(row, "kernels", 0)]
+            row = rows.get(("h100", dtype, "gpt2", arm))
+            lines.append([*line, shown(row, "compile_cpu_seconds")])
+    return table([*head, "H100: CPU seconds to compile"], lines)
 
 
 def wrapped(rows: Rows) -> str:
@@ -90,34 +110,36 @@ def wrapped(rows: Rows) -> str:
     return table(head, lines)
 
 
-def meshes(rows: Rows) -> str:
-    """Returns what is moved on a mesh, on each device."""
-    splits = list(dict.fromkeys(key[5] for key in rows if len(key) == 6))
-    head = ["state", *(f"{x} split: bytes; sent" for x in splits)]
-    lines = []
-    for arm in MESH_ARMS:
-        cells = []
-        for split in splits:
-            found = {
-                f"{shown(row, 'hbm')}; {sent(row)}"
-                for key, row in rows.items()
-                if key[3:4] == (arm,) and key[5:] == (split,)
-            }
-            cells.append(" or ".join(sorted(found)))
-        lines.append([arm, *cells])
-    return table(head, lines)
-
-
-def sent(row: Row) -> str:
-    """Returns the collectives of a row."""
-    found = row.get("collectives", {}).items()
-    return ", ".join(f"{name} of {n / 1024:.0f} KiB" for name, n in found) or "nothing"
-
-
 def tables(folder: Path) -> list[str]:
     """Returns the tables in Markdown."""
     rows = read(folder)
-    counted = every(folder, "instructions.jsonl", "instructions")
-    times = every(folder, "results.jsonl", "compile")
-    made = [one_matrix(rows, counted), many_leaves(rows), meshes(rows)]
-    return [*made, *([compile_times(times)] if times else []), wrapped(rows)]
+    return [one_matrix(rows), many_leaves(rows), wrapped(rows)]
+
+
+def draw(folder: Path) -> None:
+    """Draws the bytes of a step on one matrix, beside the least possible."""
+    rows, largest = read(folder), 60
+    names = names_of(rows)
+    figure = Figure(figsize=(8, 1 + 0.34 * len(names)), dpi=120, layout="constrained")
+    panel = figure.subplots()
+    for shift, device in zip((-0.19, 0.19), DEVICES, strict=True):
+        found = [rows.get((device, "float32", "one", arm), {}) for arm in names]
+        places = [i + shift for i in range(len(names))]
+        widths = [min(x.get("hbm", 0), largest) for x in found]
+        panel.barh(places, widths, 0.36, label=DEVICES[device])
+        for y, row in zip(places, found, strict=True):
+            if row.get("hbm", 0) > largest:
+                text = f"goes on to {row['hbm']:.0f} "
+                style = {"ha": "right", "va": "center", "size": "small", "color": "w"}
+                panel.text(largest, y, text, **style)
+            if "floor" in row:
+                panel.plot([row["floor"]] * 2, [y - 0.19, y + 0.19], "k-", lw=2)
+    panel.plot([], [], "k-", lw=2, label="least possible")
+    panel.axvline(28, c="0.6", lw=1, zorder=0)
+    panel.set_yticks(range(len(names)), map(title, names))
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.set_xlim(0, largest)
+    panel.set_xlabel("bytes a parameter and step (grey line: optax.adam)")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(folder / "bytes.png")

@@ -1,152 +1,104 @@
-"""The record of a study: a line a trial, added as they end, and none taken away.
+"""The record of a study: a line a trial in trials.jsonl, added as they end.
 
-A finished record is packed into one small file; see `packed`. What is added later
-stands in lines again.
+Kept records are in trials.npz: an array for each number of a trial (hyperparameters as
+"h.lr"), and for each curve, a row a trial. Where only some trials have a number, "rows
+of NAME" says which. NaN is what is not finite. Curves are in float32, from which the
+eight digits of the log come back exactly.
 """
 
 import contextlib
 import json
 import os
+import platform
 import sys
-import tempfile
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from study import machine, packed
-from study.packed import Row
+import jax
+import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from machine import cpu_model, git, usable_cores
 
-LINES, PACKED = "trials.jsonl", "trials.npz"
+Row = dict[str, Any]
+ROWS, OF_H = "rows of ", "h."
+SAME = ("device", "cpu", "python", "jax", "jaxlib", "optax", "corpus")  # of a record
 
 
 class Record:
     """The finished trials of a folder, by their keys. Several threads may add."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what is there; a last line that was cut off is dropped.
-
-        Raises:
-            ValueError: A line before the last is not of a record, or the packed file
-                is none.
-        """
-        self.path = folder / LINES
-        self.rows: dict[str, Row] = {}
-        self._lock = threading.Lock()
-        if (folder / PACKED).exists():
-            self.rows = {row["key"]: row for row in packed.read(folder / PACKED)}
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                self.rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}, is no trial") from error
-        self._torn = whole if len(whole) < len(data) else None
-
-    _torn: bytes | None = None
+        """Reads what is there; a line that was cut off is no trial."""
+        self.folder, self.lock = folder, threading.Lock()
+        self.lines, kept = folder / "trials.jsonl", folder / "trials.npz"
+        rows = unpack(kept) if kept.exists() else []
+        if self.lines.exists():
+            for line in self.lines.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+        self.rows: dict[str, Row] = {row["key"]: row for row in rows}
 
     def add(self, row: Row) -> None:
         """Adds a trial, which is on the disk when this returns."""
-        line = json.dumps(row, allow_nan=False) + "\n"
-        with self._lock:
-            if self._torn is not None:  # only who writes may take the torn line away
-                os.truncate(self.path, len(self._torn))
-                self._torn = None
-            with self.path.open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
+        # The end of line comes first, for the last line may have been cut off.
+        line = "\n" + json.dumps(row, allow_nan=False)
+        with self.lock, self.lines.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
             self.rows[row["key"]] = row
 
 
-def pack(folder: Path, report: Callable[[Record], Any]) -> None:
-    """Packs a record, and takes its lines away.
-
-    Args:
-        folder: Of the record.
-        report: Returns everything that is shown of a record. It must be the same from
-            the packed file as from the lines.
-
-    Raises:
-        ValueError: It is not; nothing has been taken away.
-    """
-    before, path = Record(folder), folder / PACKED
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        new = Path(name, PACKED)
-        packed.write(new, before.rows.values())
-        after = Record(new.parent)
-        kept = {key: packed.kept(row) for key, row in before.rows.items()}
-        if after.rows != kept or report(after) != report(before):
-            raise ValueError(f"{path} would not hold all that {before.path} does")
-        new.replace(path)
-    before.path.unlink(missing_ok=True)
+def unpack(path: Path) -> list[Row]:
+    """Returns the trials of a kept record."""
+    with np.load(path, allow_pickle=False) as file:
+        columns = dict(file)
+    rows: list[Row] = [{"h": {}} for _ in columns["key"]]
+    for name in (x for x in columns if not x.startswith(ROWS)):
+        where = columns.get(ROWS + name, range(len(rows)))
+        for i, value in zip(where, columns[name].tolist(), strict=True):
+            if isinstance(value, list):
+                value = [float(f"{x:.8g}") if np.isfinite(x) else None for x in value]
+            row = rows[i]["h"] if name.startswith(OF_H) else rows[i]
+            row[name.removeprefix(OF_H)] = None if value != value else value
+    return rows
 
 
-def lock(folder: Path) -> IO[bytes]:
-    """Keeps other studies out of a folder, on Linux and macOS.
-
-    Returns:
-        A file that holds the lock for as long as it is open.
-
-    Raises:
-        ValueError: Another study is running there.
-    """
-    file = (folder / LINES).open("ab")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"another study is running in {folder}") from None
-    return file
-
-
-def environment(folder: Path, corpus: str) -> None:
-    """Adds this run to environment.json: versions, device, commit, command.
-
-    Raises:
-        ValueError: The folder holds runs of another device, version or text.
-    """
-    path = folder / "environment.json"
-    known = {**machine.facts(), "corpus": corpus}
-    runs = read_environment(folder)
-    for run in runs:
-        for name in (*machine.SAME, "corpus"):
-            if run.get(name) != known[name]:
-                raise ValueError(
-                    f"{path} has runs with {name} = {run.get(name)}, and this one has "
-                    f"{known[name]}; take another folder with --out"
-                )
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    command = " ".join(["python", f"studies/{words[0]}", *words[1:]])
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    runs.append({"began": now, "command": command, **known})
+def write_json(path: Path, found: Any) -> None:
+    """Writes a file as a whole, or not at all."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     part.replace(path)
 
 
-def read_environment(folder: Path) -> list[Row]:
-    """Returns the runs of a folder; none where there is no file.
+def runs_of(folder: Path) -> list[Row]:
+    """Returns the runs of a record: what environment.json says of each."""
+    runs: list[Row] = json.loads((folder / "environment.json").read_text("utf-8"))
+    return runs
 
-    Raises:
-        ValueError: The file is no list of runs.
-    """
+
+def note_run(folder: Path, corpus: str) -> None:
+    """Adds this run to environment.json; ValueError if it does not fit the others."""
+    run = {
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "studies/compare.py", *sys.argv[1:]]),
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+        "python": platform.python_version(),
+        **{x: metadata.version(x) for x in ("jax", "jaxlib", "optax", "numpy")},
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "adam3_optax", "studies/*.py")),
+        "corpus": corpus,
+    }
     path = folder / "environment.json"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            runs = json.loads(path.read_text(encoding="utf-8"))
-            return [dict(run) for run in runs]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no list of runs") from error
-    return []
+    runs = runs_of(folder) if path.exists() else []
+    for name in SAME:
+        if runs and runs[-1][name] != run[name]:
+            before = f"{folder} has runs with {name} = {runs[-1][name]}"
+            raise ValueError(f"{before}, not {run[name]}; take another one with --out")
+    write_json(path, [*runs, run])

@@ -1,91 +1,56 @@
-"""Statistics of paired differences: intervals, p-values, equivalence, power."""
+"""Statistics of paired differences, and what tuning says beside the best setting."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 
 Values = Sequence[float] | np.ndarray
-RESAMPLES = 9999
+COUNTS = (8, 16, 32)  # of settings, beside all of them
+SMALL_EPS, LARGE_EPS = 1e-5, 1e-4
 
 
 class Comparison(NamedTuple):
-    """An arm against the baseline, over paired seeds.
-
-    Attributes:
-        n: Pairs.
-        difference: Mean of arm minus baseline.
-        sd: Standard deviation of the differences.
-        interval: 95% t interval of the mean difference.
-        bootstrap: 95% bootstrap interval (percentiles) of the same.
-        p: Of the paired t test that the mean is 0, two-sided.
-        p_equivalence: Of the two one-sided t tests that it is beyond the margin.
-        detectable: The difference found with a power of 80%: 2.8·sd/sqrt(n).
-    """
+    """An arm against the baseline, over paired seeds."""
 
     n: int
-    difference: float
-    sd: float
-    interval: tuple[float, float]
-    bootstrap: tuple[float, float]
-    p: float
-    p_equivalence: float
-    detectable: float
+    difference: float  # mean of arm minus baseline
+    sd: float  # of the differences
+    interval: tuple[float, float]  # 95% t interval of the mean difference
+    bootstrap: tuple[float, float]  # 95% percentiles of the same
+    p: float  # of the paired t test that the mean is 0, two-sided
+    p_equivalence: float  # of two one-sided t tests that it is beyond the margin
+    detectable: float  # with a power of 80%: 2.8·sd/sqrt(n)
 
 
 def compare(arm: Values, baseline: Values, margin: float) -> Comparison:
-    """Returns the comparison of paired losses; the margin is that of equivalence.
-
-    Differences that are all alike have no spread: their test is exact.
-
-    Raises:
-        ValueError: Fewer than two pairs, or lengths that differ.
-    """
-    if len(arm) != len(baseline) or len(arm) < 2:
-        raise ValueError(f"two pairs at least, got {len(arm)} and {len(baseline)}")
+    """Returns the comparison of paired losses; where all differ alike, it is exact."""
     d = np.asarray(arm, np.float64) - np.asarray(baseline, np.float64)
     n, mean, sd = len(d), float(d.mean()), float(d.std(ddof=1))
     if np.ptp(d) == 0:
         same, p = (mean, mean), float(mean == 0)
         return Comparison(n, mean, 0.0, same, same, p, float(abs(mean) >= margin), 0.0)
     test = stats.ttest_1samp(d, 0.0)
-    low, high = test.confidence_interval(0.95)
-    drawn = stats.bootstrap(
-        (d,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Comparison(
-        n=n,
-        difference=mean,
-        sd=sd,
-        interval=(float(low), float(high)),
-        bootstrap=(float(drawn.low), float(drawn.high)),
-        p=float(test.pvalue),
-        p_equivalence=equivalence(d, margin),
-        detectable=2.8 * sd / math.sqrt(n),
-    )
+    rng = np.random.default_rng(0)
+    drawn = stats.bootstrap((d,), np.mean, method="percentile", rng=rng)
+    intervals = test.confidence_interval(0.95), drawn.confidence_interval
+    both = [(float(low), float(high)) for low, high in intervals]
+    rest = float(test.pvalue), equivalence(d, margin), 2.8 * sd / math.sqrt(n)
+    return Comparison(n, mean, sd, *both, *rest)
 
 
 def equivalence(differences: Values, margin: float) -> float:
     """Returns the p of two one-sided t tests that the mean lies beyond ±margin."""
-    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
-    return float(max(above, below))
+    return float(DescrStatsW(differences).ttost_mean(-margin, margin)[0])
 
 
 def holm(p: Values) -> list[float]:
     """Returns Holm's adjusted p-values, in the order given."""
-    count = len(p)
-    adjusted, largest = [0.0] * count, 0.0
-    for rank, index in enumerate(np.argsort(p, kind="stable")):
-        largest = max(largest, min(1.0, (count - rank) * float(p[index])))
-        adjusted[index] = largest
-    return adjusted
+    return [float(x) for x in multipletests(p, method="holm")[1]]
 
 
 def verdict(difference: float, p: float, p_equivalence: float, alpha: float) -> str:
@@ -97,21 +62,26 @@ def verdict(difference: float, p: float, p_equivalence: float, alpha: float) -> 
     return "equivalent" if equivalent else "undecided"
 
 
-def steps_to(target: float, losses: Values, steps: int) -> float | None:
-    """Returns after how many steps a loss is at a target or below; None if never.
+def best_of(losses: Values, count: int) -> float | None:
+    """Returns the expected best loss of some settings, drawn without repetition.
 
-    Between two log points the loss is taken for linear.
-
-    Args:
-        target: The loss.
-        losses: At the log points, evenly spaced, the last one after all steps.
-        steps: Of the whole run.
+    None if the best of a draw may be one that diverged, whose loss is infinite.
     """
-    each = steps / len(losses)
-    for i, loss in enumerate(losses):
-        if loss <= target:
-            if i == 0:
-                return each
-            before = losses[i - 1]
-            return each * (i + (before - target) / (before - loss))
-    return None
+    total, ordered = len(losses), sorted(losses)
+    # The best of a draw is the i-th of all if i is drawn, and else later ones alone.
+    chances = [
+        math.comb(total - 1 - i, count - 1) / math.comb(total, count)
+        for i in range(total - count + 1)
+    ]
+    found = sum(p * x for p, x in zip(chances, ordered, strict=False))
+    return found if math.isfinite(found) else None
+
+
+def best_by_eps(settings: list[dict[str, float]], losses: Values) -> dict[str, Any]:
+    """Returns the lowest loss with a small and with a large eps; None without any."""
+    tried = [(h.get("eps", math.nan), x) for h, x in zip(settings, losses, strict=True)]
+    tried = [(eps, x) for eps, x in tried if math.isfinite(x)]
+    return {
+        "small": min((x for eps, x in tried if eps < SMALL_EPS), default=None),
+        "large": min((x for eps, x in tried if eps > LARGE_EPS), default=None),
+    }
