@@ -75,7 +75,7 @@ test-gpu: $(VENV)/.dev ## run all tests but the slow ones on a GPU (GPU=cuda, or
 mutants: $(VENV)/.mutants ## change the package in 200 places, and list what no test sees (hours)
 	@mkdir -p out && $(BIN)/cosmic-ray init --force tests/mutation.toml out/mutants.sqlite
 	@$(BIN)/python tools/sample_mutants.py out/mutants.sqlite --sample 200
-	@$(BIN)/cosmic-ray exec tests/mutation.toml out/mutants.sqlite
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cosmic-ray exec tests/mutation.toml out/mutants.sqlite
 	@$(BIN)/python tools/sample_mutants.py out/mutants.sqlite
 lint: $(VENV)/.dev ## lint and type-check alone
 	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --check --quiet && $(BIN)/mypy --no-error-summary

@@ -34,8 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # how m, v and s are stored
     "float8": dict.fromkeys(MOMENTS, "float8") | {"v_dtype": "bfloat16"},
     "float8 all": dict.fromkeys(MOMENTS, "float8"),
 }
-# The first is refused by the package. The second is not measured.
-LEFT_OUT = (("standardized", "float8 all"), (None, "bfloat16 m, s"))
+LEFT_OUT = (("standardized", "float8 all"), (None, "bfloat16 m, s"))  # one is refused
 SAME = ("device", "cpu", "cores", "python", "jax", "optax")  # in all of a record
 PACKAGES = ("jax", "libtpu", "optax", "numpy", "torch", "flashoptim-jax", "rollfast")
 Makers = dict[str, Callable[[], Any]]
@@ -54,10 +53,7 @@ def ours(factory: Callable[..., Any]) -> Makers:
 
 
 def peers(*, fused: bool) -> Makers:
-    """Returns other packages' AdamW with low-precision state, if they are installed.
-
-    `fused` asks for flashoptim's own kernel.
-    """
+    """Returns other packages' Adam with low-precision state; `fused` for a GPU."""
     made: Makers = {}
     if importlib.util.find_spec("rollfast"):
         from rollfast import adamw, adamw8
@@ -81,13 +77,8 @@ def chosen(options: argparse.Namespace, every: Makers, base: str = BASELINE) -> 
     return {x: y for x, y in every.items() if options.only in x or x == base}
 
 
-def trees(
-    dtype: str, side: int = 16384, width: int = 768, layers: int = 12
-) -> dict[str, Callable[[], Any]]:
-    """Returns functions that make trees of parameters' shapes, by name.
-
-    One matrix; the leaves of GPT-2, by default of the small one; 100 leaves of 1,000.
-    """
+def trees(dtype: str, side: int = 16384, width: int = 768, layers: int = 12) -> Makers:
+    """Returns functions that make trees of shapes: a matrix, GPT-2, small leaves."""
 
     def of(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)

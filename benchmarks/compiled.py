@@ -13,7 +13,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,13 @@ import compiled_text
 import adam3_optax
 
 MESH = "v5e"  # the device whose slice of 4 x 4 is asked
-SPLITS = {
-    "rows": PartitionSpec(("x", "y"), None),
-    "columns": PartitionSpec(None, ("x", "y")),
-    "both": PartitionSpec("x", "y"),
-}
+BOTH = ("x", "y")
+SPLITS = {"rows": PartitionSpec(BOTH), "columns": PartitionSpec(None, BOTH)}
+SPLITS |= {"both": PartitionSpec(*BOTH)}
 AXES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 TREES = ("one", "gpt2")
 STATES = ("float32", "bfloat16", "float8")  # inside `bfloat16_parameters`
 trees = common.trees
-Cell = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 
 def optimizers(device: str = compiled_devices.H100) -> common.Makers:
@@ -66,9 +63,7 @@ def wrapped() -> common.Makers:
     return made
 
 
-def compiled(
-    optimizer: Any, params: Any, shardings: Any, options: Any = None
-) -> tuple[Any, int]:
+def compiled(optimizer: Any, params: Any, shardings: Any, options: Any = None) -> Any:
     """Returns a compiled step that overwrites parameters and state.
 
     Also the bytes that it must move: gradient, parameter and state read, the latter two
@@ -104,8 +99,6 @@ def measured(optimizer: Any, params: Any, shardings: Any) -> dict[str, Any]:
     count = common.elements(params)
     here = count / shardings.mesh.size
     found = {
-        "leaves": len(jax.tree.leaves(params)),
-        "parameters": count,
         "floor": floor / count,
         "temporary": memory.temp_size_in_bytes / here,
         "peak": held / here,
@@ -118,12 +111,11 @@ def measured(optimizer: Any, params: Any, shardings: Any) -> dict[str, Any]:
     return found | {"hbm": hbm / here, "kernels": kernels, "collectives": collectives}
 
 
-def cells(device: str, options: argparse.Namespace) -> Iterator[Cell]:
+def cells(device: str, options: argparse.Namespace) -> Iterator[Any]:
     """Yields all that is asked of a device: its name, and what measures it."""
     everywhere = NamedSharding(mesh_of(device, "2x2", 1), PartitionSpec())
     chosen = common.chosen(options, optimizers(device))
-    # These are compiled for every tree, type and mesh.
-    kept = (common.BASELINE, "adam3 None", "adam3 cubic")
+    kept = (common.BASELINE, "adam3 None", "adam3 cubic")  # for all trees and meshes
     few = {x: y for x, y in chosen.items() if x.startswith(kept)}
     for dtype, name, arms in (
         ("float32", "one", chosen),
@@ -165,13 +157,11 @@ def counts(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"measure": "compiled", **cell, **result}
 
 
-def mesh_of(
-    device: str, shape: str, count: int, axes: AxisType = AxisType.Auto
-) -> Mesh:
+def mesh_of(device: str, shape: str, count: int, axes: Any = AxisType.Auto) -> Mesh:
     """Returns a mesh of the first devices of a slice."""
     devices = compiled_devices.devices(device, shape)[:count]
     side = int(count**0.5)
-    return jax.make_mesh((side, side), ("x", "y"), (axes, axes), devices=devices)
+    return jax.make_mesh((side, side), BOTH, (axes, axes), devices=devices)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,12 +3,12 @@
 Each needs an environment of its own. No device is needed, and none is used.
 """
 
-import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+from jax._src import xla_bridge
 from jax.experimental import topologies
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
@@ -51,8 +51,7 @@ ENVIRONMENT = {
 
 def present() -> tuple[str, ...]:
     """Returns the devices that have a compiler here. Call it before JAX is used."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(ENVIRONMENT | os.environ)
     tpus = TPUS if importlib.util.find_spec("libtpu") else ()
     return (*tpus, *(GPUS if importlib.util.find_spec("jax_cuda13_plugin") else ()))
 
@@ -68,22 +67,12 @@ platform_name: "CUDA" device_description_str: "{kind}"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 gpu_device_info {{ {GPUS[name]}{EVERY_GPU} }}
 """
-    with _cuda_without_a_gpu():
+    known = xla_bridge.canonicalize_platform
+
+    def canonical(platform: str) -> str:  # without a GPU JAX does not know "gpu"
+        return "cuda" if platform == "gpu" else known(platform)
+
+    with mock.patch.object(xla_bridge, "canonicalize_platform", canonical):
         return topologies.get_topology_desc(
             platform="cuda", target_config=described, topology="1x1x1"
         ).devices
-
-
-@contextlib.contextmanager
-def _cuda_without_a_gpu() -> Iterator[None]:
-    """Tells JAX that "gpu" means "cuda", which without a GPU it does not know."""
-    from jax._src import xla_bridge
-
-    known = xla_bridge.canonicalize_platform
-    xla_bridge.canonicalize_platform = lambda platform: (
-        "cuda" if platform == "gpu" else known(platform)
-    )
-    try:
-        yield
-    finally:
-        xla_bridge.canonicalize_platform = known

@@ -1,8 +1,7 @@
 """What a compiled step will move, read from the text of XLA's optimized program.
 
-Bytes are those of arrays in the device's main memory (HBM), as they lie there: with the
-padding of a TPU's tiles. Arrays in a TPU's vector memory are not counted. An operation
-is taken to read each operand once and whole, and to write its results once.
+Bytes are those of arrays in the device's main memory (HBM), with a TPU's padding. An
+operation is taken to read each operand once and whole, and to write its results once.
 """
 
 import math
@@ -17,9 +16,10 @@ INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$"
 COMPUTATION = re.compile(r"(ENTRY )?(%?[\w.-]+) .*\{$")
 
 # They move nothing: they name arrays, or wait for what another operation has moved.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-FREE |= {"partition-id", "replica-id"}
-IS_FREE = re.compile(r' [\w-]+-done\(|custom_call_target="ConcatBitcast"')
+FREE = re.compile(
+    r" (parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|"
+    r'replica-id|[\w-]+-done)\(|custom_call_target="ConcatBitcast"'
+)
 COPIES = {"copy", "copy-start", "slice-start"}
 # Their bodies run any number of times, so their bytes cannot be read from the text.
 UNKNOWN = {"while", "conditional", "sort", "async-start"}
@@ -59,7 +59,7 @@ def moved(text: str) -> Moved:
                 raise ValueError(f"{x.operation}: its bytes are not in the text")
             if x.operation == "call":
                 waiting += re.findall(r"to_apply=%?([\w.-]+)", x.line)
-            elif not (x.operation in FREE or IS_FREE.search(x.line)):
+            elif not FREE.search(x.line):
                 hbm += bytes_of(x, types)
                 every = " ".join([x.type, *(types[name] for name in x.operands)])
                 has_arrays = any(dims for _, dims, _ in ARRAY.findall(every))
@@ -80,6 +80,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
             lines = found["ENTRY" if head[1] else head[2].lstrip("%")] = []
         elif x := INSTRUCTION.match(line):
             operands = tuple(re.findall(r"%[\w.-]+", x[4].split(")")[0]))
+            line = line.split(", metadata=")[0]
             lines.append(Instruction(x[1], x[2], x[3], operands, line))
     return found
 
@@ -113,8 +114,7 @@ def nbytes(dtype: str, dims: str, layout: str, everywhere: bool = False) -> int:
         return 0
     shape = [int(n) for n in dims.split(",") if n]
     order = [int(i) for i in layout.split(":")[0].split(",") if i]
-    if order:
-        shape = [shape[i] for i in reversed(order)]  # the last one is contiguous
+    shape = [shape[i] for i in reversed(order)] if order else shape  # contiguous last
     if tile := re.search(r"T\(([\d,]+)\)", layout):
         sizes = [int(n) for n in tile[1].split(",")]
         shape = [1] * (len(sizes) - len(shape)) + shape

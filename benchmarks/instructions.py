@@ -1,9 +1,7 @@
 """Instructions a parameter of a compiled step on a GPU, counted without one.
 
-XLA writes its kernels in PTX. NVIDIA's ptxas makes the GPU's own instructions of them,
-and nvdisasm prints these: jax[cuda13] and nvidia-cuda-nvdisasm are needed. Counted is
-what stands there, on one matrix of 16,384². A kernel with a loop is refused, so that a
-thread runs each instruction at most once. `compiled.py` calls this.
+XLA writes PTX, ptxas makes the GPU's own instructions of it, and nvdisasm prints them.
+A kernel with a loop is refused, so that a thread runs each instruction at most once.
 """
 
 import math
@@ -27,14 +25,14 @@ LARGE = 4096  # parameters a thread; kernels of fewer threads have scalars, or o
 
 def tool(name: str) -> Path | None:
     """Returns a program of NVIDIA's packages; None where it is not installed."""
-    packages = Path(sysconfig.get_paths()["purelib"], "nvidia")
-    return next(packages.glob(f"*/bin/{name}"), None)
+    packages = Path(sysconfig.get_paths()["purelib"])
+    return next(packages.glob(f"nvidia/*/bin/{name}"), None)
 
 
 def can_count() -> bool:
     """Returns whether the compiler and the programs are here."""
-    tools = tool("ptxas"), tool("nvdisasm")
-    return set(CHIPS) <= {*compiled_devices.present()} and None not in tools
+    here = set(CHIPS) <= {*compiled_devices.present()}
+    return here and None not in (tool("ptxas"), tool("nvdisasm"))
 
 
 def counted(optimizer: Any, device: str) -> float:

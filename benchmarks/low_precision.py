@@ -1,9 +1,8 @@
 """Accuracy of low precision: the demo's language model, setting against setting.
 
 `--of state` compares how m, v and s are stored, `--of parameters` how the parameters
-are; `--of averages` tries `bfloat16_state` on Optax's optimizers. Every arm sees, for
-each seed, the same initialisation and the same batches. Each run adds a line to a file.
-Runs that are there are not repeated.
+are; `--of averages` tries `bfloat16_state` on Optax's optimizers. A seed sets batches
+and initialisation, alike in all arms. Runs that are in the file are not repeated.
 
     python benchmarks/low_precision.py --of state --seeds 8 --out FOLDER
 """
@@ -13,6 +12,7 @@ import functools
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,79 +31,54 @@ from adam3_optax import adam3w, bfloat16_parameters, bfloat16_state
 
 SETTINGS = {"float32": "float32", "bfloat16": "bfloat16"}
 SETTINGS |= {"float8, v bfloat16": "float8", "float8": "float8 all"}
-# Steps are so much longer where v has 8 bits. So float32 is tried at this rate, too.
-LONGER = 1.07
 PEAK = 4e-3  # of the learning rate
-Arm = tuple[Any, str]  # what makes an optimizer of a schedule; the parameters' dtype
-
-
-def arms_of_parameters() -> dict[str, Arm]:
-    """Returns AdamW with float32 parameters, and with bfloat16 ones in each setting."""
-    adamw = functools.partial(adam3w, third_moment=None)
-    arms: dict[str, Arm] = {
-        "parameters, float32": (adamw, "float32"),
-        "parameters, bfloat16 alone": (adamw, "bfloat16"),
-    }
-    for x in (None, "int8", "int16"):
-        make = functools.partial(lambda x, rate: bfloat16_parameters(adamw(rate), x), x)
-        arms[f"parameters, bfloat16, remainder {x}"] = (make, "bfloat16")
-    return arms
-
-
-def arms_of_state() -> dict[str, Arm]:
-    """Returns the optimizers by name, all with float32 parameters."""
-    arms: dict[str, Arm] = {}
-    for form in common.FORMS:
-        for name, setting in SETTINGS.items():
-            if (form, setting) not in common.LEFT_OUT:
-                stored = common.SETTINGS[setting].items()
-                kept = {k: x for k, x in stored if form or k != "s_dtype"}
-                make = functools.partial(adam3w, third_moment=form, **kept)
-                arms[f"{form}, {name}"] = (make, "float32")
-
-    def faster(schedule: optax.Schedule) -> Any:
-        return adam3w(lambda count: LONGER * schedule(count), third_moment=None)
-
-    return arms | {f"None, float32, rate times {LONGER}": (faster, "float32")}
-
-
-def arms_of_averages() -> dict[str, Arm]:
-    """Returns optimizers of Optax at some peak rates, alone and in `bfloat16_state`."""
-    arms: dict[str, Arm] = {}
-    for name, make, peaks in (
-        ("AdamW", optax.adamw, (0.004,)),
-        ("Lion", optax.lion, (0.0004, 0.001)),
-        ("Muon", optax.contrib.muon, (0.004, 0.02)),
-    ):
-        for peak in peaks:
-
-            def alone(schedule: Any, make: Any = make, peak: float = peak) -> Any:
-                return make(lambda count: peak / PEAK * schedule(count))
-
-            def wrapped(schedule: Any, alone: Any = alone) -> Any:
-                return bfloat16_state(alone(schedule))
-
-            arms[f"{name} at {peak:g}, float32"] = (alone, "float32")
-            arms[f"{name} at {peak:g}, bfloat16"] = (wrapped, "float32")
-    return arms
-
-
-ARMS = {"state": arms_of_state, "parameters": arms_of_parameters}
-ARMS |= {"averages": arms_of_averages}
-
-
+LONGER = 1.07  # Steps are so much longer where v has 8 bits: float32 is tried so, too.
+OF_OPTAX = {"AdamW": (optax.adamw, 0.004), "Lion": (optax.lion, 0.0004, 0.001)}
+OF_OPTAX |= {"Muon": (optax.contrib.muon, 0.004, 0.02)}  # with their peaks
+Arm = tuple[str, Any, str]  # name, what makes an optimizer of a schedule, and the dtype
+ADAMW = functools.partial(adam3w, third_moment=None)
 wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
 
 
-def train(arm: Arm, seed: int, steps: int, corpus: Any) -> dict[str, Any]:
-    """Trains from a seed's initialisation on its batches, and returns the result.
+def of_state() -> Iterator[Arm]:
+    """Yields each form with each state, and AdamW with longer steps."""
+    for form, (name, setting) in itertools.product(common.FORMS, SETTINGS.items()):
+        if (form, setting) not in common.LEFT_OUT:
+            stored = common.SETTINGS[setting].items()
+            kept = {k: x for k, x in stored if form or k != "s_dtype"}
+            make = functools.partial(adam3w, third_moment=form, **kept)
+            yield f"{form}, {name}", make, "float32"
+    longer = functools.partial(scaled, LONGER, ADAMW)
+    yield f"None, float32, rate times {LONGER}", longer, "float32"
 
-    The loss is computed in float32 in all arms, from the parameters as they are stored.
-    """
-    make, dtype = arm
+
+def of_parameters() -> Iterator[Arm]:
+    """Yields AdamW with float32 parameters, and with bfloat16 ones in each setting."""
+    yield "parameters, float32", ADAMW, "float32"
+    yield "parameters, bfloat16 alone", ADAMW, "bfloat16"
+    for x in (None, "int8", "int16"):
+        make = functools.partial(lambda x, rate: bfloat16_parameters(ADAMW(rate), x), x)
+        yield f"parameters, bfloat16, remainder {x}", make, "bfloat16"
+
+
+def of_averages() -> Iterator[Arm]:
+    """Yields optimizers of Optax at some peak rates, alone and in `bfloat16_state`."""
+    for name, (make, *peaks) in OF_OPTAX.items():
+        for peak in peaks:
+            alone = functools.partial(scaled, peak / PEAK, make)
+            wrapped = functools.partial(lambda f, rate: bfloat16_state(f(rate)), alone)
+            yield f"{name} at {peak:g}, float32", alone, "float32"
+            yield f"{name} at {peak:g}, bfloat16", wrapped, "float32"
+
+
+def scaled(factor: float, make: Any, schedule: optax.Schedule) -> Any:
+    return make(lambda count: factor * schedule(count))
+
+
+def train(make: Any, dtype: str, seed: int, steps: int, corpus: Any) -> dict[str, Any]:
+    """Trains from a seed's initialisation on its batches; losses are in float32."""
     optimizer = make(optax.warmup_cosine_decay_schedule(0.0, PEAK, steps // 10, steps))
-    model = char_lm.Transformer(len(corpus.alphabet), nnx.Rngs(seed))
-    graph, params = nnx.split(model)
+    graph, params = nnx.split(char_lm.Transformer(len(corpus.alphabet), nnx.Rngs(seed)))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     state = optimizer.init(params)
     sizes = {"state_bytes": common.nbytes(state), "parameters": common.elements(params)}
@@ -139,24 +114,25 @@ def train(arm: Arm, seed: int, steps: int, corpus: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Runs what is not in the record yet."""
+    every = {"state": of_state, "parameters": of_parameters, "averages": of_averages}
     parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--of", choices=ARMS, default="state", help="what is compared")
-    add("--seeds", type=int, default=8, help="how many")
-    add("--steps", type=int, default=1000)
-    add("--out", type=Path, required=True)
+    parser.add_argument("--of", choices=every, default="state")
+    parser.add_argument("--seeds", type=int, default=8, help="how many")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    corpus, every = char_lm.load(None), ARMS[options.of]()
+    corpus = char_lm.load(None)
     with (options.out / "runs.jsonl").open("a+") as file:
         file.seek(0)
         runs = [json.loads(line) for line in file]
         done = {(x["arm"], x["seed"], x["steps"]) for x in runs}
-        for seed, name in itertools.product(range(options.seeds), every):
-            if (name, seed, options.steps) not in done:
-                line = {"arm": name, "seed": seed, "steps": options.steps}
-                line |= train(every[name], seed, options.steps, corpus)
-                print(json.dumps(line), file=file, flush=True)
+        for seed in range(options.seeds):
+            for name, *arm in every[options.of]():
+                if (name, seed, options.steps) not in done:
+                    line = {"arm": name, "seed": seed, "steps": options.steps}
+                    line |= train(*arm, seed, options.steps, corpus)
+                    print(json.dumps(line), file=file, flush=True)
 
 
 if __name__ == "__main__":

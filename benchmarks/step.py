@@ -1,11 +1,10 @@
 """Time and memory of an optimizer's step, where the time goes: on the device.
 
-Many steps run in one program, so that the host's work for a call, which grows with the
-number of buffers, is not measured. It is reported apart. XLA may neither take work out
-of the loop nor compile it in another way than a step alone. All optimizers live in one
-process and take turns: each round has all of them, in an order drawn anew. A ratio is
-that of two times of one round. On a GPU, and with --profile, a time is the sum of the
-durations of the kernels, from `jax.profiler`. Ctrl-C keeps the trees that are done.
+With many leaves many steps run in one program, so that the host's work for a call,
+which grows with the number of buffers, is not measured. It is reported apart. All
+optimizers live in one process and take turns: each round has all of them, in an order
+drawn anew. A ratio is that of two times of one round. On a GPU, and with --profile, a
+time is the sum of the durations of the kernels, from `jax.profiler`.
 
     python benchmarks/step.py --trees one gpt2 --only cubic
 """
@@ -19,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -65,15 +65,11 @@ def optimizers(tree: str) -> common.Makers:
     return {x: make for x, make in made.items() if x.startswith(few)}
 
 
-# --- What takes turns ---------------------------------------------------------------
-
-
 class Steps:
-    """An optimizer at work, many steps in one program."""
+    """A step at work, in a program of its own or many in one."""
 
-    def __init__(self, optimizer: Any, shapes: Any, gradients: list[Any]) -> None:
-        """Compiles, and starts from zeros."""
-        step = common.step_of(optimizer)
+    def __init__(self, step: Any, carry: Any, gradients: list[Any], loop: bool) -> None:
+        """Compiles. `carry` is parameters and state, of which copies are made."""
 
         def steps(params: Any, state: Any, gradients: Any, count: Any) -> Any:
             def body(_: Any, carry: Any) -> Any:
@@ -81,71 +77,43 @@ class Steps:
 
             return jax.lax.fori_loop(0, count, body, (params, state))
 
-        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        self.carry: Any = params, optimizer.init(params)
+        self.carry, self.loop = jax.tree.map(jnp.copy, carry), loop
         self.gradients = [*gradients]
-        donated = jax.jit(steps, donate_argnums=(0, 1))
-        lowered = donated.lower(*self.carry, gradients[0], jnp.int32(1))
-        self.program = lowered.compile(OPTIONS)
-        memory: Any = self.program.memory_analysis()
-        count = common.elements(shapes)
-        self.counts = {  # bytes are those a parameter
-            "buffers": len(jax.tree.leaves((self.carry, shapes))),
-            "state": common.nbytes(self.carry[1]) / count,
-            "temporary": memory.temp_size_in_bytes / count,
-        }
+        donated: Any = jax.jit(steps if loop else step, donate_argnums=(0, 1))
+        count = (jnp.int32(1),) * loop
+        lowered = donated.lower(*self.carry, gradients[0], *count)
+        self.program = lowered.compile(OPTIONS if loop else None)
 
     def run(self, count: int) -> None:
         """Takes so many steps. The gradients alternate from one run to the next."""
         self.gradients.reverse()
-        given = *self.carry, self.gradients[0], jnp.int32(count)
-        self.carry = jax.block_until_ready(self.program(*given))
-
-
-class Calls:
-    """A program that is called for each step."""
-
-    def __init__(self, program: Callable[..., Any], like: Steps) -> None:
-        """Compiles it for the arguments of a step."""
-        self.carry = jax.tree.map(jnp.copy, like.carry)
-        self.gradients = like.gradients[0]
-        donated = jax.jit(program, donate_argnums=(0, 1))
-        self.program = donated.lower(*self.carry, self.gradients).compile()
-
-    def run(self, count: int) -> None:
-        """Calls it so often."""
-        for _ in range(count):
-            self.carry = self.program(*self.carry, self.gradients)
+        given = (jnp.int32(count),) * self.loop
+        for _ in range(1 if self.loop else count):
+            self.carry = self.program(*self.carry, self.gradients[0], *given)
         jax.block_until_ready(self.carry)
 
 
-class TorchSteps:
-    """PyTorch's fused AdamW."""
+def torch_steps(of_jax: Any) -> Any:
+    """Returns PyTorch's fused AdamW at work, with gradients of JAX."""
+    import torch
 
-    def __init__(self, of_jax: Any) -> None:
-        """Starts from zeros, with gradients of JAX."""
-        import torch
+    gradients = [torch.tensor(np.asarray(x)) for x in jax.tree.leaves(of_jax)]
+    params = [torch.zeros_like(g, requires_grad=True) for g in gradients]
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    optimizer = torch.optim.AdamW(params, lr=common.RATE, fused=True)
 
-        gradients = [torch.tensor(np.asarray(x)) for x in jax.tree.leaves(of_jax)]
-        params = [torch.zeros_like(g, requires_grad=True) for g in gradients]
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g
-        self.step = torch.optim.AdamW(params, lr=common.RATE, fused=True).step
-        self.counts = {"state": 8.0}
-
-    def run(self, count: int) -> None:
-        """Takes so many steps."""
+    def run(count: int) -> None:
         for _ in range(count):
-            self.step()
+            optimizer.step()
+
+    return SimpleNamespace(run=run)
 
 
 def gradients_of(shapes: Any, seed: int) -> Any:
     """Returns normal gradients."""
     draw = np.random.default_rng(seed).standard_normal
     return jax.tree.map(lambda x: jnp.asarray(draw(x.shape, np.float32)), shapes)
-
-
-# --- Times --------------------------------------------------------------------------
 
 
 def kernels(run: Callable[[int], None], steps: int) -> list[float]:
@@ -180,9 +148,7 @@ def seconds(run: Callable[[int], None], steps: int, profile: bool) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def in_turns(
-    arms: dict[str, Any], options: argparse.Namespace, profile: bool
-) -> dict[str, Any]:
+def in_turns(arms: Any, options: argparse.Namespace, profile: bool) -> dict[str, Any]:
     """Returns the times of a step, one of each round."""
     steps: dict[str, int] = {}
     for name, arm in arms.items():
@@ -198,28 +164,41 @@ def in_turns(
 def rows(tree: str, shapes: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns what was measured of a tree, a row for each optimizer."""
     gradients = [gradients_of(shapes, seed) for seed in (1, 2)]
-    makers = common.chosen(options, optimizers(tree), BASELINE)
-    arms: Any = {x: Steps(make(), shapes, gradients) for x, make in makers.items()}
-    if options.torch:
-        arms[TORCH] = TorchSteps(gradients[0])
-    times = in_turns(arms, options, options.profile)
+    params = jax.tree.map(jnp.zeros_like, gradients[0])
     count, leaves = common.elements(shapes), len(jax.tree.leaves(shapes))
     cell = {"tree": tree, "leaves": leaves, "parameters": count}
+    arms, steps, counts = {}, {}, {}
+    for name, make in common.chosen(options, optimizers(tree), BASELINE).items():
+        optimizer = make()
+        carry, step = (params, optimizer.init(params)), common.step_of(optimizer)
+        loop = tree != "one" and not options.profile
+        arms[name], steps[name] = Steps(step, carry, gradients, loop), step
+        memory: Any = arms[name].program.memory_analysis()
+        counts[name] = {"buffers": len(jax.tree.leaves((carry, shapes)))}
+        counts[name] |= {"state": common.nbytes(carry[1]) / count}  # a parameter
+        counts[name] |= {"temporary": memory.temp_size_in_bytes / count}
+    if options.torch:
+        arms[TORCH], counts[TORCH] = torch_steps(gradients[0]), {"state": 8.0}
+    times = in_turns(arms, options, options.profile)
     made = []
     for name, found in times.items():
         ratio = np.percentile(found / times[BASELINE], (25, 50, 75)).tolist()
         row = {"measure": "step", **cell, "arm": name, "ratio": ratio}
-        made.append(row | {"seconds": found.tolist(), **arms[name].counts})
-    for name in HOST if tree != "one" else ():
+        made.append(row | {"seconds": found.tolist(), **counts[name]})
+    for name in HOST:
         if name in arms:  # what a call costs the host
-            # The barrier keeps JAX from leaving an empty program out.
-            empty = lambda p, s, g: jax.lax.optimization_barrier((p, s))  # noqa: E731
-            of = {"step": common.step_of(makers[name]()), "empty": empty}
-            calls = {x: Calls(program, arms[name]) for x, program in of.items()}
-            found = {"inside": times[name], **in_turns(calls, options, False)}
-            row = {"measure": "host", **cell, "arm": name, **arms[name].counts}
+            of = {"step": steps[name], "empty": empty}
+            carry = arms[name].carry
+            called = {x: Steps(y, carry, gradients, loop=False) for x, y in of.items()}
+            found = {"inside": times[name], **in_turns(called, options, False)}
+            row = {"measure": "host", **cell, "arm": name, **counts[name]}
             made.append(row | {x: float(np.median(y)) for x, y in found.items()})
     return made
+
+
+def empty(params: Any, state: Any, gradients: Any) -> Any:
+    """Returns what it gets. The barrier keeps JAX from leaving the program out."""
+    return jax.lax.optimization_barrier((params, state))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -63,7 +63,7 @@ def main() -> None:
     state = TrainState.create(
         apply_fn=network.apply,
         params=network.init(jax.random.key(0), images[:1]),
-        tx=adam3w(3e-3, weight_decay=1e-2, mask=matrices),
+        tx=adam3w(3e-3, third_moment=None, weight_decay=1e-2, mask=matrices),
     )
     rng = np.random.default_rng(0)
     for epoch in range(1, EPOCHS + 1):

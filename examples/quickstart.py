@@ -10,7 +10,9 @@ x = jnp.linspace(-1.0, 1.0, 100)
 y = 2.0 * x - 1.0 + 0.1 * jax.random.normal(jax.random.key(0), x.shape)
 line = jnp.zeros(2)  # slope and intercept
 
-optimizer = adam3(optax.cosine_decay_schedule(0.1, decay_steps=300))
+optimizer = adam3(
+    optax.cosine_decay_schedule(0.1, decay_steps=300), third_moment="standardized"
+)
 state = optimizer.init(line)
 
 

@@ -1,4 +1,4 @@
-"""Keeps a seeded sample of the mutants of a Cosmic Ray session, and lists the survivors.
+"""Keeps a seeded sample of Cosmic Ray's mutants, and lists the survivors.
 
 The same source, seed and size give the same mutants, whatever the tests are. So the
 survivors of two test suites can be compared.
@@ -21,7 +21,9 @@ def sample(session: WorkDB, size: int, seed: int) -> None:
 def report(session: WorkDB) -> None:
     """Prints each mutant that no test has found, and the count of them."""
     results = dict(session.results)
-    survivors = [k for k, x in results.items() if x.test_outcome == TestOutcome.SURVIVED]
+    survivors = [
+        k for k, x in results.items() if x.test_outcome == TestOutcome.SURVIVED
+    ]
     for job in sorted(survivors, key=lambda job: results[job].diff):
         print(results[job].diff)
     print(f"{len(survivors)} of {len(results)} mutants survived.")

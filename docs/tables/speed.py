@@ -112,7 +112,7 @@ def tables(folder: Path) -> list[str]:
     one = trees.get("one", {})
     forms = by_form(one)
     made = [forms, others(one, shown=forms is not None)]
-    if rows := common.read(folder, "host"):
+    if rows := [x for x in common.read(folder, "host") if x["leaves"] > 1]:
         made += [many_leaves(trees), host(rows)]
     return [x for x in made if x]
 
