@@ -103,7 +103,7 @@ test-installed: ## test dist/*.whl with the dependencies that CONSTRAINTS leaves
 	@cd out/installed/beside && ../venv/bin/python $(TESTED) $(PACKAGE) tests --pyargs adam3_optax
 
 clean: ## remove what make made
-	rm -rf $(VENV) .venv .venv313 .venv-* build dist site out .*_cache .hypothesis
+	rm -rf $(VENV) .venv .venv313 .venv-* build dist site out .*_cache
 
 $(VENV)/.python:
 	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'PYTHON must be 3.11 or newer'"

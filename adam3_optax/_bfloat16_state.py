@@ -16,7 +16,7 @@ from adam3_optax import _remainder, _rounding, _trees
 
 # Fields of states that hold averages or sums of gradients, or of powers of them.
 AVERAGES = re.compile(
-    "mu|nu|nu_max|trace|ema|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|grad_sum|"
+    "mu|nu|nu_max|trace|ema|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|"
     "grad_sum_sq|sum_of_squares|v_row|v_col"
 )
 

@@ -105,10 +105,12 @@ def test_every_snippet_names_its_third_moment() -> None:
 
 RECORDS = [
     "benchmarks/records/2026-11-25_bfloat16_parameters",
+    "benchmarks/records/2026-11-27_speed_h200",
     "benchmarks/records/2026-11-29_compiled",
     "benchmarks/records/2026-11-29_low_precision",
     "benchmarks/records/2026-11-30_bfloat16_state",
     "benchmarks/records/2026-11-30_speed",
+    "benchmarks/records/2026-11-30_speed_pytorch",
     "studies/records/2026-11-27_fair",
     "studies/records/2026-11-27_fair_language",
 ]

@@ -421,15 +421,6 @@ def test_what_is_not_portable_is_seen(function: Any, dtype: Any, x64: None) -> N
 # What is written about it.
 
 
-def test_the_guides_code_runs_from_top_to_bottom() -> None:
-    page = ROOT / "docs" / "distributed.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
-    assert len(blocks) == 4
-    namespace: dict[str, Any] = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["data_parallel.py", "fully_sharded.py"])
 def test_examples_run_and_complain_of_nothing(example: str, tmp_path: Path) -> None:
