@@ -32,21 +32,19 @@ demo: $(VENV)/.examples ## train a language model and a classifier with AdaM3 an
 
 bench: RECORD ?= $(RECORDS)_speed
 bench: $(VENV)/.bench ## measure time and memory of a step against Optax's (a quarter hour)
-	@$(BIN)/python benchmarks/step_time.py --out "$(RECORD)" $(ARGS)
-	@$(BIN)/python benchmarks/memory.py --out "$(RECORD)" $(ARGS)
-	@$(BIN)/python benchmarks/figures.py "$(RECORD)"
+	@$(BIN)/python benchmarks/step.py --out "$(RECORD)" $(ARGS)
+	@$(BIN)/python -m docs.tables --write "$(RECORD)"
 study: $(VENV)/.bench ## compare AdaM3 with other optimizers, tuned alike (hours)
 	@$(BIN)/python studies/compare.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 records: $(VENV)/.bench ## draw the tables and figures of all records again
 	@set -e; for x in studies/records/*/; do $(BIN)/python studies/compare.py --report $$x >/dev/null; done
-	@set -e; for x in benchmarks/records/*/results.jsonl; do $(BIN)/python benchmarks/figures.py $${x%/*}; done
+	@$(BIN)/python studies/mechanism.py
 	@$(BIN)/python -m docs.tables --write studies/records/* benchmarks/records/*
+	@$(BIN)/python -m docs.tables.picture
 compiled: RECORD ?= $(RECORDS)_compiled
 compiled: $(VENV)/.bench $(COMPILERS:%=.venv-%/.compiler) ## count what a step moves on a TPU and an H100 (downloads 4 GB)
 	$(call compiling,benchmarks/compiled.py --out "$(RECORD)" $(ARGS))
-	$(call compiling,benchmarks/instructions.py --out "$(RECORD)")
-	@$(BIN)/python benchmarks/figures.py "$(RECORD)"
-	@$(BIN)/python -m docs.tables "$(RECORD)"
+	@$(BIN)/python -m docs.tables --write "$(RECORD)"
 
 test: lint ## lint, type-check, and run all tests but the slow ones
 	@$(BIN)/python $(TESTED) $(TESTS)
