@@ -8,39 +8,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+from docs.tables import parts
 from studies.study.markdown import table
 
-Row = dict[str, Any]
 GROUPS = ("rare", "frequent")
+MARKS = {"better": "**better**", "worse": "**worse**", "undecided": "unclear"}
 
 
 def tables(folder: Path) -> list[str]:
     """Returns the tables of a study's record; the primary comparison first."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     losses = [x for x in found["primary"] if x["metric"] == "loss"]
-    cells = [(x["task"], shown(x, x["baseline"]), mark(x)) for x in losses]
-    parts = [table(("task", "difference in loss, %", "verdict"), cells)]
+    cells = [[x["task"], shown(x, x["baseline"]), mark(x["verdict"])] for x in losses]
+    made = [table(("task", "difference in loss, %", "verdict"), cells)]
     arms = [x for x in found["arms"] if x["arm"] == found["primary_arm"]]
     if "error_rare" in arms[0]:
         head = ("task", *(f"{x} classes, points" for x in GROUPS))
-        parts.append(table(head, [by_class(x) for x in arms]))
-    return parts
+        errors = [[x["metrics"][f"error_{group}"] for group in GROUPS] for x in arms]
+        named = zip(arms, errors, strict=True)
+        made.append(table(head, [[x["task"], *map(shown, each)] for x, each in named]))
+    return made
 
 
-def shown(row: Row, unit: float = 1.0) -> str:
+def shown(row: dict[str, Any], unit: float = 1.0) -> str:
     """Returns a difference in hundredths of a unit, with its interval."""
     numbers = (100 * x / unit for x in (row["difference"], *row["interval"]))
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*numbers)
+    return parts.between(*numbers, "+.2f")
 
 
-def mark(row: Row) -> str:
+def mark(verdict: str) -> str:
     """Returns what a comparison says in one word; "same" is within the margin."""
-    if row["verdict"] in ("better", "worse"):
-        return f"**{row['verdict']}**"
-    return "unclear" if row["verdict"] == "undecided" else "same"
-
-
-def by_class(row: Row) -> tuple[str, ...]:
-    """Returns differences in the error of rare and of frequent classes."""
-    metrics = (row["metrics"][f"error_{x}"] for x in GROUPS)
-    return row["task"], *(shown(x) for x in metrics)
+    return MARKS.get(verdict, "same")

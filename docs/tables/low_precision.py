@@ -5,77 +5,53 @@ initialisation and the same batches. "Equivalent" means that two one-sided t-tes
 the mean difference within the margin, with Holm's correction over all rows.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import pandas as pd
 from scipy import stats
 
+from docs.tables import parts
 from studies.study.markdown import table
 from studies.study.statistics import equivalence, holm
 
-HEAD = (
-    "form, state",
-    "B a parameter",
-    "n",
-    "validation loss",
-    "minus float32 (95%)",
-    "p, equivalent",
-    "largest update, lr",
-)
+HEAD = ["form, state", "B a parameter", "n", "validation loss", "minus float32 (95%)"]
+HEAD += ["p, equivalent", "largest update, lr"]
 MARGIN = 0.005  # nats a character
 BASELINE = "float32"
-REMAINDERS = (None, "int8", "int16")
-STATES = (BASELINE, "float32, rate times 1.07", "bfloat16", "float8, v bfloat16")
-STATES += ("float8", "bfloat16 alone")
-STATES += tuple(f"bfloat16, remainder {x}" for x in REMAINDERS)
+STATES = [BASELINE, "float32, rate times 1.07", "bfloat16", "float8, v bfloat16"]
+STATES += ["float8", "bfloat16 alone"]
+STATES += [f"bfloat16, remainder {x}" for x in (None, "int8", "int16")]
 PEAK_RATE = 4e-3  # of the schedule; the update is that of the chain, decay included
 
 
-def by_arm(record: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Returns the runs, by arm and seed; arms by form, then by state."""
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in record.read_text().splitlines():
-        run = json.loads(line)
-        arms.setdefault(run["arm"], {})[run["seed"]] = run
-    forms = list(dict.fromkeys(arm.split(", ", 1)[0] for arm in arms))
-
-    def place(arm: str) -> tuple[int, int]:
-        form, state = arm.split(", ", 1)
-        return forms.index(form), STATES.index(state)
-
-    return {arm: arms[arm] for arm in sorted(arms, key=place)}
-
-
-def differences(runs: dict[int, Any], baseline: dict[int, Any]) -> np.ndarray:
-    """Returns the paired differences of validation loss."""
-    seeds = sorted(runs.keys() & baseline.keys())
-    return np.array([runs[s]["validation"] - baseline[s]["validation"] for s in seeds])
+def read(folder: Path) -> pd.DataFrame:
+    """Returns the last run of each arm and seed."""
+    runs = pd.read_json(folder / "runs.jsonl", lines=True, precise_float=True)
+    return runs.drop_duplicates(["arm", "seed"], keep="last")
 
 
 def tables(folder: Path) -> list[str]:
-    """Returns the table in Markdown."""
-    arms = by_arm(folder / "runs.jsonl")
-    compared = []
-    for arm, runs in arms.items():
-        form, setting = arm.split(", ", 1)
-        if setting != BASELINE:
-            compared.append((arm, differences(runs, arms[f"{form}, {BASELINE}"])))
-    corrected = holm([equivalence(d, MARGIN) for _, d in compared])
-    verdicts = {arm: (d, p) for (arm, d), p in zip(compared, corrected, strict=True)}
+    """Returns the table in Markdown; arms by form, then by state."""
+    runs = read(folder)
+    losses = runs.pivot(index="seed", columns="arm", values="validation")
+    forms = list(runs["arm"].str.split(", ").str[0].unique())
+    compared, places = {}, {}
+    for arm in losses:
+        form, state = arm.split(", ", 1)
+        places[arm] = forms.index(form), STATES.index(state)
+        if state != BASELINE:
+            compared[arm] = (losses[arm] - losses[f"{form}, {BASELINE}"]).dropna()
+    corrected = holm([equivalence(d, MARGIN) for d in compared.values()])
+    p = dict(zip(compared, corrected, strict=True))
     rows = []
-    for arm, runs in arms.items():
-        losses = [run["validation"] for run in runs.values()]
-        first = next(iter(runs.values()))
-        largest = max(run["largest"] for run in runs.values()) / PEAK_RATE
-        shift = equal = ""
-        if arm in verdicts:
-            d, p = verdicts[arm]
-            low, high = stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d))
-            shift = f"{d.mean():+.4f} ({low:+.4f} to {high:+.4f})"
-            equal = f"{p:.0e}"
-        size = first["state_bytes"] / first["parameters"]
-        cells = [arm, f"{size:.2f}", str(len(runs)), f"{np.mean(losses):.4f}"]
+    for arm in sorted(places, key=places.__getitem__):
+        found, shift, equal = runs[runs["arm"] == arm], "", ""
+        if arm in compared:
+            d = compared[arm]
+            ends = stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d))
+            shift, equal = parts.between(d.mean(), *ends, "+.4f"), f"{p[arm]:.0e}"
+        size = (found["state_bytes"] / found["parameters"]).iloc[0]
+        cells = [arm, f"{size:.2f}", str(len(found)), f"{losses[arm].mean():.4f}"]
+        largest = found["largest"].max() / PEAK_RATE
         rows.append([*cells, shift, equal, f"{largest:.2f}"])
     return [table(HEAD, rows)]

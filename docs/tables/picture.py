@@ -1,11 +1,11 @@
 """Draws the picture of README.md, from a record: `python -m docs.tables.picture`."""
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 from scipy import stats
+
+from docs.tables import low_precision
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "records" / "2026-11-25_bfloat16_parameters"
@@ -26,39 +26,26 @@ BYTES = {
 }
 
 
-def intervals() -> dict[str, tuple[float, float]]:
-    """Returns each arm's loss above float32's, paired, and half a 95% interval."""
-    rows = map(json.loads, (RECORD / "runs.jsonl").read_text().splitlines())
-    losses = {(row["arm"], row["seed"]): row["validation"] for row in rows}
-    seeds = sorted({seed for _, seed in losses})
-    found = {}
-    for name, arm in ARMS.items():
-        above = np.array([losses[arm, i] - losses[BASELINE, i] for i in seeds])
-        found[name] = (
-            above.mean(),
-            stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(above),
-        )
-    return found
-
-
 def draw(path: Path, style: str) -> None:
     """Draws both halves, for a light or a dark page."""
     plt.style.use(["default", style])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained")
-    for y, (mean, half) in enumerate(intervals().values()):
-        left.errorbar(
-            mean, y, xerr=half, fmt="o", capsize=4, color="C3" if y == 0 else "C0"
-        )
+    runs = low_precision.read(RECORD)
+    losses = runs.pivot(index="seed", columns="arm", values="validation")
+    for y, arm in enumerate(ARMS.values()):
+        above = losses[arm] - losses[BASELINE]  # paired, with a 95% interval
+        half = stats.t.ppf(0.975, len(above) - 1) * above.sem()
+        look = {"fmt": "o", "capsize": 4, "color": "C0" if y else "C3"}
+        left.errorbar(above.mean(), y, xerr=half, **look)
     left.axvline(0, color="0.5", lw=1)
     left.set_yticks(range(len(ARMS)), ARMS)
     left.set(title="bfloat16 parameters: loss above float32's, nats", ylim=(3.5, -0.5))
-    for y, (parameters, state) in enumerate(BYTES.values()):
-        right.barh(y, parameters, color="C0", label="parameters" if y == 0 else None)
-        right.barh(
-            y, state, left=parameters, color="C1", label="state" if y == 0 else None
-        )
-        right.text(parameters + state + 0.2, y, parameters + state, va="center")
-    right.set_yticks(range(len(BYTES)), BYTES)
+    places, (parameters, state) = range(len(BYTES)), zip(*BYTES.values(), strict=True)
+    right.barh(places, parameters, color="C0", label="parameters")
+    right.barh(places, state, left=parameters, color="C1", label="state")
+    for y, both in enumerate(map(sum, BYTES.values())):
+        right.text(both + 0.2, y, both, va="center")
+    right.set_yticks(places, BYTES)
     right.set(title="bytes a parameter", ylim=(4.5, -0.5), xlim=(0, 13.5))
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
