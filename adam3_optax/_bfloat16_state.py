@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.tree_util import GetAttrKey
+from jax.tree_util import SequenceKey, keystr
 
 from adam3_optax import _remainder, _rounding, _trees
+from adam3_optax._adam3 import ScaleByAdam3State
 
 # Fields of states that hold averages or sums of gradients, or of powers of them.
-AVERAGES = re.compile(
-    "mu|nu|nu_max|trace|ema|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|"
+_AVERAGES = re.compile(
+    "mu|nu|nu_max|trace|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|"
     "grad_sum_sq|sum_of_squares|v_row|v_col"
 )
 
@@ -43,18 +46,18 @@ def bfloat16_state(
     it is rounded stochastically, and `inner` computes in float32.
 
     Args:
-        inner: Any optimizer of Optax's kind. Give `adam3w` its `m_dtype`, `v_dtype` and
-            `s_dtype` instead: they move fewer bytes.
-        where: Which leaves of float32 with an axis become bfloat16, by a leaf's path in
-            the inner state and the leaf. By default those in a tree like the
-            parameters', in a field that `docs/low_precision.md` lists.
+        inner: Any optimizer of Optax's kind, but for `adam3w`, which has `m_dtype`,
+            `v_dtype` and `s_dtype`.
+        where: Which arrays of float32 or bfloat16 with an axis are averages: a function
+            of an array's path in the inner state, and of its shape. By default those
+            that stand for a parameter, in a field that `docs/low_precision.md` lists.
 
     Returns:
         A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates and their
         derivatives are those of `inner`, from averages that were rounded.
 
     Raises:
-        ValueError: At init, nothing becomes bfloat16; at update, a state does not fit.
+        ValueError: At init, a state without averages; at update, averages of float32.
         TypeError: `inner` is no optimizer; at update, a state of another kind.
 
     Example:
@@ -63,87 +66,91 @@ def bfloat16_state(
         >>> state = bfloat16_state(optax.lion(1e-4)).init(jnp.ones((2, 3)))
         >>> optax.tree.get(state, "mu").dtype.name
         'bfloat16'
-
-    Source:
-        `docs/low_precision.md`.
     """
     inner = _trees.optimizer(inner)
 
-    def narrowed(params: optax.Params) -> Any:
-        """Returns a new inner state's leaves, and these with averages in bfloat16."""
-        leaves, treedef = jax.tree.flatten(state := inner.init(params))
-        chosen = _chosen(state, jax.tree.structure(params), where)
-        if not any(chosen) and any(map(_is_wide, jax.tree.leaves(params))):
-            raise ValueError(
-                "no leaf of inner's state is known as an average, so none would become "
-                "bfloat16: leave out bfloat16_state, or choose leaves by its `where`"
-            )
-        new = [x.astype(jnp.bfloat16) if chosen[i] else x for i, x in enumerate(leaves)]
-        return leaves, new, treedef
-
     def init(params: optax.Params) -> BFloat16State:
-        _, leaves, treedef = narrowed(params)
-        state = jax.tree.unflatten(treedef, leaves)
-        return BFloat16State(state, jnp.zeros((), jnp.int32))
+        state = inner.init(params)
+        new = _averages(state, params, where, lambda path, x: x.astype(jnp.bfloat16))
+        stays = map(operator.is_, jax.tree.leaves(state), jax.tree.leaves(new))
+        if all(stays) and any(map(_is_wide, jax.tree.leaves(params))):
+            raise ValueError(
+                "inner's state has no averages for bfloat16. Choose leaves by `where`; "
+                "use adam3w's m_dtype; put bfloat16_state inside flatten and lookahead"
+            )
+        return BFloat16State(new, jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         _trees.check_state(state, BFloat16State, "docs/low_precision.md has the way in")
-        like = updates if params is None else params
-        wide, made = jax.eval_shape(lambda like: narrowed(like)[:2], like)
-        leaves, treedef = jax.tree.flatten(state.inner_state)
-        if [jnp.result_type(x) for x in leaves] != [x.dtype for x in made]:
-            raise ValueError(f"the state is not as init makes it. {_trees.CAST}")
         steps = optax.safe_increment(state.steps)
-        leaves = [x.astype(wide[i].dtype) for i, x in enumerate(leaves)]
-        old = jax.tree.unflatten(treedef, leaves)
-        us, new = inner.update(updates, old, params, **extra_args)
-        for i, (path, x) in enumerate(jax.tree.leaves_with_path(new)):
-            stays = wide[i].dtype == made[i].dtype
+        params_like = updates if params is None else params
+
+        def widened(path: Any, x: Any) -> Any:
+            if _is_wide(x):
+                raise ValueError(f"inner_state{keystr(path)} is float32. {_trees.CAST}")
+            return x.astype(jnp.float32)
+
+        def rounded(path: Any, x: Any) -> Any:
             key = _rounding.leaf_key(path, "state")
-            leaves[i] = x if stays else _remainder.split(x, None, steps, key)[0]
-        new = jax.tree.unflatten(treedef, leaves)
-        # A CPU writes each array in a kernel of its own, whatever waits for what.
-        us = jax.lax.platform_dependent(us, new, cpu=lambda us, _: us, default=_after)
+            return _remainder.split(x, None, steps, key)[0] if _is_wide(x) else x
+
+        old = _averages(state.inner_state, params_like, where, widened)
+        us, new = inner.update(updates, old, params, **extra_args)
+        new = _averages(new, params_like, where, rounded)
+        us = jax.lax.platform_dependent(us, new, tpu=_after, default=lambda us, _: us)
         return us, BFloat16State(new, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _chosen(state: Any, params: Any, where: Any) -> list[bool]:
-    """Returns, for each leaf of the inner state, whether it becomes bfloat16."""
-    is_like, chosen = functools.partial(_is_like, params), []
-    # The search for a field ends where the parameters' own fields begin.
-    for path, tree in jax.tree.leaves_with_path(state, is_leaf=is_like):
-        fields = ["", *(key.name for key in path if isinstance(key, GetAttrKey))]
-        is_average = is_like(tree) and AVERAGES.fullmatch(fields[-1])
-        for keys, x in jax.tree.leaves_with_path(tree):
-            pick = where((*path, *keys), x) if where else is_average
-            chosen.append(_is_wide(x) and bool(pick))
-    return chosen
+def _averages(state: Any, params: Any, where: Any, f: Any) -> Any:
+    """Returns a state with f(path, x) in place of each average x."""
+    places = {path for path, _ in jax.tree.leaves_with_path(params)}
+
+    def replaced(path: Any, x: Any) -> Any:
+        can = not _has_formats(x) and np.ndim(x) and jnp.result_type(x) in _TYPES
+        field, _ = _place(path, places)
+        pick = where or (lambda path, x: _AVERAGES.fullmatch(field))
+        return f(path, x) if can and pick(path, x) else x
+
+    return jax.tree.map_with_path(replaced, state, is_leaf=_has_formats)
+
+
+def _place(path: Any, places: Any) -> tuple[str, Any]:
+    """Returns a leaf's field in the inner state, and the path of its parameter.
+
+    A leaf's path ends in its parameter's, or in lists of arrays in the place of one.
+    """
+    for i, j in itertools.combinations_with_replacement(range(len(path) + 1), 2):
+        in_list = all(isinstance(key, SequenceKey) for key in path[j:])
+        if path[i:j] in places and in_list:
+            names = [key.name for key in path[:i] if hasattr(key, "name")]
+            return names[-1] if names else "", path[i:j]
+    return "", None
 
 
 def _after(updates: Any, state: Any) -> Any:
-    """Returns updates that wait for the averages, and are NaN where these are.
+    """Returns updates that wait for the averages.
 
     So a TPU writes both in one kernel. Else it would read all of the state twice.
     """
-    us, treedef = jax.tree.flatten(updates)
-    is_like = functools.partial(_is_like, treedef)
-    for tree in filter(is_like, jax.tree.leaves(state, is_leaf=is_like)):
-        for i, x in enumerate(_trees.leaves_like(treedef, tree, "state", "updates")):
-            if getattr(x, "dtype", 0) == jnp.bfloat16 and x.shape == us[i].shape:
-                us[i] = jnp.where(jnp.isnan(x), jnp.nan, us[i])
-    return jax.tree.unflatten(treedef, us)
+    leaves, treedef = jax.tree.flatten_with_path(updates)
+    us: dict[Any, Any] = dict(leaves)
+    for path, x in jax.tree.leaves_with_path(state):
+        _, place = _place(path, us)
+        can = place in us and jnp.result_type(x) == jnp.bfloat16
+        if can and jax.typeof(x.astype(us[place].dtype)) == jax.typeof(us[place]):
+            never = (x > 0) & (x < 0)  # XLA does not know that
+            us[place] = jnp.where(never, jnp.zeros_like(us[place]), us[place])
+    return jax.tree.unflatten(treedef, us.values())
 
 
-def _is_like(params: Any, x: Any) -> bool:
-    """Returns whether x is the parameters' tree, with arrays or lists of them."""
-    try:
-        parts = jax.tree.leaves_with_path(params.flatten_up_to(x))
-    except ValueError:
-        return False
-    return not any(isinstance(key, GetAttrKey) for path, _ in parts for key in path)
+def _has_formats(x: Any) -> bool:
+    return isinstance(x, BFloat16State | ScaleByAdam3State)
 
 
 def _is_wide(x: Any) -> bool:
-    return bool(jnp.ndim(x)) and jnp.result_type(x) == jnp.float32
+    return bool(np.ndim(x)) and jnp.result_type(x) == jnp.float32
+
+
+_TYPES = jnp.float32, jnp.bfloat16

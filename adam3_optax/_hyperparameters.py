@@ -84,6 +84,9 @@ def number(name: str, value: Any) -> Scalar:
     return x
 
 
+_UNLIKE_OPTAX = "Name all after b2; mu_dtype is m_dtype here; there is no nesterov."
+
+
 def named(make: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Makes an optimizer's function say what stands for an argument of Optax's."""
 
@@ -92,10 +95,7 @@ def named(make: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result
         try:
             inspect.signature(make).bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(
-                f"{make.__name__}: {error}. Only learning_rate, b1 and b2 go "
-                "without a name; mu_dtype is m_dtype here; there is no nesterov."
-            ) from None
+            raise TypeError(f"{make.__name__}: {error}. {_UNLIKE_OPTAX}") from None
         return make(*args, **kwargs)
 
     return checked

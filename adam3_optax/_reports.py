@@ -93,8 +93,6 @@ class Report:
 def percent(share: Any) -> str:
     """Returns a share in per cent; 0% and 100% are said of none and of all alone."""
     x = float(share)
-    if math.isnan(x):
-        return "nan"
     if x in (0, 1):
         return f"{x:.0%}"
     return "<0.1%" if x < 0.001 else ">99.9%" if x > 0.999 else f"{x:.1%}"

@@ -17,7 +17,7 @@ def optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     """Returns a checked optimizer, as one that takes extra arguments."""
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(
-            f"inner must be an optimizer, such as optax.adamw(1e-3), got {inner!r}"
+            f"inner must be an optimizer, such as optax.sgd(0.1): {inner!r}"
         )
     return optax.with_extra_args_support(inner)
 

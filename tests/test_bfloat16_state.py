@@ -25,6 +25,7 @@ from adam3_optax import (
     bfloat16_state,
     state_shardings,
 )
+from adam3_optax._bfloat16_state import _after
 from tests.settings import mesh_of, on
 
 # Optax's optimizers lean on implicit promotion.
@@ -69,7 +70,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], str]] = {
     "momo adam": (lambda: contrib.momo_adam(RATE), "exp_avg exp_avg_sq"),
     "acprop": (lambda: contrib.acprop(RATE), "mu nu"),
     "mechanize": (lambda: contrib.mechanize(optax.adam(RATE)), "mu nu"),
-    "adam3w": (lambda: adam3w(RATE, third_moment="standardized"), "m v s"),
+    "adam3w": (lambda: adam3w(RATE, third_moment=None), ""),
     "rprop": (lambda: optax.rprop(RATE), ""),
     "cocob": (lambda: contrib.cocob(), ""),
     "dog": (lambda: contrib.dog(1.0), ""),
@@ -147,7 +148,7 @@ def test_what_becomes_narrow(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_optimizer_without_averages_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no leaf of inner's state.*`where`"):
+    with pytest.raises(ValueError, match=r"inner's state has no averages.*`where`"):
         bfloat16_state(OPTIMIZERS[name][0]()).init(MATRICES)
 
 
@@ -174,17 +175,14 @@ class Module:
     ],
     ids=["NamedTuple", "nested", "tuple", "list", "array"],
 )
-@pytest.mark.parametrize("name", ["schedule-free", "prodigy", "muon"])
-def test_fields_of_the_parameters_are_none_of_the_state(name: str, params: Any) -> None:
-    make, _ = OPTIMIZERS[name]
-    state = bfloat16_state(make()).init(params)
-    inner = state.inner_state
-    copies = {"schedule-free": "z", "prodigy": "params0"}
-    for x in jax.tree.leaves(getattr(inner, copies.get(name, ""), None)):
-        assert x.dtype == jnp.float32
+@pytest.mark.parametrize(("name", "each"), [("schedule-free", 1), ("prodigy", 2)])
+def test_fields_of_the_parameters_are_none_of_the_state(
+    name: str, each: int, params: Any
+) -> None:
+    state = bfloat16_state(OPTIMIZERS[name][0]()).init(params)
     count = sum(x.size for x in jax.tree.leaves(params))
     narrow = sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16)
-    assert count <= narrow <= 3 * count
+    assert narrow == each * count
 
 
 def test_a_choice_of_ones_own() -> None:
@@ -197,39 +195,54 @@ def test_a_choice_of_ones_own() -> None:
     assert mu["b"].dtype == nu["b"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_other_types_pass(dtype: str) -> None:
-    with jax.enable_x64(dtype == "float64"):
-        params = {"w": jnp.ones((4, 8), "float32"), "other": jnp.ones(8, dtype)}
-        (_, exact), (_, state) = both(lambda wrap: wrap(optax.adam(RATE)), params, 2)
-        assert state.inner_state[0].mu["w"].dtype == jnp.bfloat16
-        np.testing.assert_array_equal(
-            state.inner_state[0].mu["other"], exact[0].mu["other"]
-        )
+def test_float64_passes(x64: None) -> None:
+    params = {"w": jnp.ones((4, 8), "float32"), "wide": jnp.ones(8)}
+    (_, exact), (_, state) = both(lambda wrap: wrap(optax.adam(RATE)), params, 2)
+    assert state.inner_state[0].mu["w"].dtype == jnp.bfloat16
+    wide, expected = state.inner_state[0].mu["wide"], exact[0].mu["wide"]
+    np.testing.assert_array_equal(wide, expected)
+
+
+def test_what_is_no_array_of_the_parameters_passes() -> None:
+    # Keys of random numbers, masks that end above the leaves, gradients of None.
+    tree = {"first": {"w": PARAMS["w"]}, "second": {"w": PARAMS["w"]}}
+    masked = optax.masked(optax.trace(0.9), {"first": True, "second": False})
+    inner = optax.chain(optax.add_noise(0.1, 0.1, 0), masked, optax.trace(0.9))
+    optimizer = bfloat16_state(inner)
+    _, state = optimizer.update(tree, optimizer.init(tree), tree)
+    narrow = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
+    assert len(narrow) == 3
+    single = bfloat16_state(optax.trace(0.9))
+    some = {"w": None, "b": PARAMS["b"]}
+    _, state = single.update(some, single.init(MATRICES), MATRICES)
+    assert state.inner_state.trace["w"] is None
+    np.testing.assert_allclose(state.inner_state.trace["b"], PARAMS["b"], rtol=0.01)
 
 
 # Rounding.
 
 
-def averages(steps: int, decay: float = 0.998) -> dict[str, Any]:
+def averages(steps: int, dtype: str = "float32", decay: float = 0.998) -> Any:
     """Returns the average of gradients of 1 at each step, of 4,096 elements."""
+    gradients = jnp.ones(4096, dtype)
     narrow = optax.scale_by_adam(b1=decay, mu_dtype=jnp.bfloat16)
     ours = bfloat16_state(optax.scale_by_adam(b1=decay))
 
     def curve(optimizer: Any) -> Any:
         def step(state: Any, _: Any) -> Any:
-            state = optimizer.update(jnp.ones(4096), state)[1]
+            state = optimizer.update(gradients, state)[1]
             mu = optax.tree.get(state, "mu").astype(jnp.float32)
             return state, (mu.mean(), mu.std())
 
-        return jax.lax.scan(step, optimizer.init(jnp.ones(4096)), length=steps)[1]
+        return jax.lax.scan(step, optimizer.init(gradients), length=steps)[1]
 
     exact = 1 - decay ** np.arange(1, steps + 1)
     return {"exact": exact, "mu_dtype": curve(narrow), "bfloat16_state": curve(ours)}
 
 
-def test_an_average_does_not_freeze() -> None:
-    found = averages(1000)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_average_does_not_freeze(dtype: str) -> None:
+    found = averages(1000, dtype)
     exact, spread = found["exact"], found["bfloat16_state"][1]
     assert found["mu_dtype"][0][-1] < 0.6 * exact[-1]  # it froze
     error = abs(found["bfloat16_state"][0] - exact)
@@ -237,13 +250,10 @@ def test_an_average_does_not_freeze() -> None:
 
 
 def test_each_average_has_bits_of_its_own() -> None:
-    # Equal numbers in two leaves, two fields, two wrappers and two groups.
-    def both(inner: Any) -> Any:
-        return optax.chain(bfloat16_state(inner), bfloat16_state(optax.trace(0.9)))
-
+    # Equal numbers in two leaves, two fields and two groups.
     same = {"a": jnp.full(4096, 0.3), "b": jnp.full(4096, 0.3)}
-    inner = optax.chain(optax.ema(0.0, debias=False), optax.scale_by_lion(b2=0.0))
-    groups = {name: both(inner) for name in same}
+    inner = optax.chain(optax.trace(0.0), optax.scale_by_lion(b2=0.3))
+    groups = {name: bfloat16_state(inner) for name in same}
     optimizer = optax.partition(groups, {name: name for name in same})
     _, state = optimizer.update(same, optimizer.init(same), same)
     leaves = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
@@ -258,10 +268,12 @@ def test_each_average_has_bits_of_its_own() -> None:
 def test_what_is_not_finite_stays() -> None:
     optimizer = bfloat16_state(optax.adam(RATE))
     gradient = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0])
-    updates, state = optimizer.update(gradient, optimizer.init(gradient))
+    _, state = optimizer.update(gradient, optimizer.init(gradient))
     finite = np.isfinite(np.asarray(state.inner_state[0].mu, np.float32))
     np.testing.assert_array_equal(finite, [False, False, False, True])
-    np.testing.assert_array_equal(np.isfinite(updates), finite)
+    # What makes a TPU write all at once changes no update, whatever the average is.
+    waited = _after(jnp.arange(4.0), state.inner_state)
+    np.testing.assert_array_equal(waited, jnp.arange(4.0))
 
 
 def test_derivatives_are_those_without_rounding() -> None:
@@ -397,12 +409,14 @@ def test_the_way_in_and_out() -> None:
 
 def test_a_resumed_run_is_the_straight_one() -> None:
     optimizer = bfloat16_state(optax.adam(RATE))
-    params, state = run(optimizer, MATRICES, 2)
-    saved = pickle.dumps(jax.device_get(state))
-    for again in (state, pickle.loads(saved)):
-        results = [optimizer.update(params, again, params) for again in (state, again)]
-        for one, other in zip(*map(jax.tree.leaves, results), strict=True):
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    straight = state = optimizer.init(MATRICES)
+    for i in range(4):
+        _, straight = optimizer.update(MATRICES, straight)
+        _, state = optimizer.update(MATRICES, state)
+        if i == 1:
+            state = pickle.loads(pickle.dumps(jax.device_get(state)))
+    for one, other in zip(*map(jax.tree.leaves, (straight, state)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_states_that_do_not_fit() -> None:
@@ -412,7 +426,6 @@ def test_states_that_do_not_fit() -> None:
     bad: list[tuple[type[Exception], str, Any]] = [
         (ValueError, "restore it in its dtypes", optax.tree.cast(state, jnp.float32)),
         (ValueError, "restore it in its dtypes", optax.tree.cast(state, jnp.bfloat16)),
-        (ValueError, "not as init makes", state._replace(inner_state=MATRICES)),
         (ValueError, "inside jax.vmap", stacked),
         (TypeError, "must be a BFloat16State", state.inner_state),
         (TypeError, "must be a BFloat16State", {"steps": 1}),
@@ -498,18 +511,17 @@ def test_the_page_lists_what_becomes_narrow() -> None:
     assert page.keys() <= {"madgrad", "galore"}
 
 
+# Two estimate their step size: small differences grow, so there is nothing to compare.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", sorted({*AVERAGING} - {"prodigy", "dadapt"}))
 def test_the_losses_are_those_of_float32(name: str) -> None:
     make = OPTIMIZERS[name][0]
     exact, narrow = losses(make()), losses(bfloat16_state(make()))
     difference = float((narrow - exact).mean())
-    # Two of them estimate their step size, so that small differences grow.
-    margin = 0.15 if name in ("prodigy", "dadapt") else 0.002
-    assert abs(difference) < margin
+    assert abs(difference) < 0.002
     # Machines round otherwise, and training carries that on.
     on_page = [float(x) for x in rows_of_page()[name][3:]]
-    assert [exact.mean(), difference] == pytest.approx(on_page, abs=5 * margin)
+    assert [exact.mean(), difference] == pytest.approx(on_page, abs=0.01)
 
 
 def draw() -> None:

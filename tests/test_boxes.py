@@ -13,17 +13,8 @@ from flax import nnx
 from flax.training import train_state
 from jax.sharding import AxisType
 
-from adam3_optax import (
-    BFloat16ParametersState,
-    adam3w,
-    bfloat16_parameters,
-    convert_state,
-    from_adam_state,
-    state_shardings,
-    third_moment_report,
-    to_adam_state,
-    to_float32_parameters,
-)
+import adam3_optax
+from adam3_optax import adam3w, convert_state, state_shardings, to_adam_state
 from tests.settings import BF16, STORAGE, assert_close, assert_same, structure, types
 from tests.test_sharding import collectives
 
@@ -82,7 +73,9 @@ def narrow_boxed(names: Any) -> Any:
 def test_a_train_state_as_flax_examples_make_it(
     make: Any, devices: int, kind: AxisType, names: Any, standard_promotion: None
 ) -> None:
-    optimizer = bfloat16_parameters(FLOAT8) if make is narrow_boxed else FLOAT8
+    optimizer = FLOAT8
+    if make is narrow_boxed:
+        optimizer = adam3_optax.bfloat16_parameters(FLOAT8)
 
     def init() -> Any:
         params = make(names)
@@ -111,8 +104,9 @@ def test_a_train_state_as_flax_examples_make_it(
 def numbers(state: Any) -> list[Any]:
     """Returns parameters and moments; of a bfloat16 and its remainder, their sum."""
     params, opt_state = state.params, state.opt_state
-    if isinstance(opt_state, BFloat16ParametersState):
-        params, opt_state = to_float32_parameters(params, opt_state), opt_state[0]
+    if isinstance(opt_state, adam3_optax.BFloat16ParametersState):
+        params = adam3_optax.to_float32_parameters(params, opt_state)
+        opt_state = opt_state.inner_state
     return jax.tree.leaves(jax.device_get((params, opt_state)))
 
 
@@ -161,12 +155,12 @@ def test_empty_boxes_pass_through(name: str) -> None:
     where = state_shardings(optimizer, params, boxes)
     jax.jit(optimizer.init, out_shardings=where)(params)
     wide = convert_state(state, third_moment=settings["third_moment"])
-    back = from_adam_state(to_adam_state(state), **settings)
+    back = adam3_optax.from_adam_state(to_adam_state(state), **settings)
     for other in (convert_state(wide, **settings), back):
         assert types(other) == types(state)
     if name != "adam":
         known: Any = {"b1": 0.9, "b2": 0.999, "b3": 0.999, "lam": 0.01, "tau": 1.0}
-        report = third_moment_report(state, **known, third_moment="cubic")
+        report = adam3_optax.third_moment_report(state, **known, third_moment="cubic")
         assert list(report.leaves) == ["['kernel']"]
 
 

@@ -1,10 +1,8 @@
 """Checkpoints keep every bit of a narrow state, its dtypes and its shardings."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -13,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from adam3_optax import adam3w, state_shardings
 from tests.settings import each_storage
-
-EACH = each_storage("default", "bfloat16", "smallest")
 
 
 def template_of(storage: Any, devices: int) -> Any:
@@ -48,18 +44,7 @@ def bits(tree: Any) -> list[Any]:
     return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
-@EACH
-def test_pickle_and_flax_keep_every_bit(storage: Any) -> None:
-    tree = filled(template_of(storage, 1))
-    stored = flax.serialization.to_bytes(tree)
-    for found in (
-        pickle.loads(pickle.dumps(tree)),
-        flax.serialization.from_bytes(jax.tree.map(np.zeros_like, tree), stored),
-    ):
-        assert bits(found) == bits(tree)
-
-
-@EACH
+@each_storage("default", "bfloat16", "smallest")
 def test_orbax_restores_onto_fewer_devices(storage: Any, tmp_path: Path) -> None:
     tree, fewer = filled(template_of(storage, 8)), template_of(storage, 2)
     with ocp.CheckpointManager(tmp_path) as manager:

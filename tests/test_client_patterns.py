@@ -1,4 +1,4 @@
-"""AdaM3 in the ways that MaxText, big_vision and PureJaxRL use an optimizer.
+"""AdaM3 in the ways that big_vision and PureJaxRL use an optimizer.
 
 Their programs are rebuilt here in few lines, from the sources at the commits that
 docs/clients.md names.
@@ -15,112 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.linen.spmd import logical_to_mesh_sharding
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adam3_optax
-from adam3_optax import adam3w, state_shardings
+from adam3_optax import adam3w
 from tests.clients import BFLOAT16, FLOAT8, FLOAT32, RATE, Setting, X, Y
 from tests.settings import F32, STORAGE
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 nn: Any = import_module("flax.linen")  # not all of it is typed as exported
-# The others are slow; `make test-clients` runs them.
-SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in (FLOAT32, BFLOAT16)]
-FLOAT8_QUICKLY = pytest.mark.parametrize("setting", [FLOAT8, *SLOW], ids=lambda x: x[0])
-RULES = (("embed", "fsdp"), ("mlp", "tensor"))
 
 
 class Boxed(nn.Module):  # type: ignore[misc]
     """Two layers whose parameters say by logical names how they are split."""
-
-    dtype: Any = F32
 
     @nn.compact  # type: ignore[untyped-decorator]
     def __call__(self, x: jax.Array) -> jax.Array:
         def named(*names: str | None) -> Any:
             return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
 
-        first = nn.Dense(32, param_dtype=self.dtype, kernel_init=named("embed", "mlp"))
-        last = nn.Dense(1, param_dtype=self.dtype, kernel_init=named("mlp", None))
+        first = nn.Dense(32, kernel_init=named("embed", "mlp"))
+        last = nn.Dense(1, kernel_init=named("mlp", None))
         return last(jnp.tanh(first(x)))
-
-
-def mesh_of(*names: str) -> jax.sharding.Mesh:
-    shape = (2,) * len(names) if len(names) == 3 else (8,)
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
-
-
-def unboxed(tree: Any) -> Any:
-    """Returns a tree without boxes, and leaves it where it is, as `unbox` does not."""
-    is_box: Any = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
-
-
-# MaxText: a TrainState that is never whole on one device, sharded by its boxes.
-
-
-def split_over_data(shape: Any, where: NamedSharding) -> NamedSharding:
-    """Returns a sharding that also splits the first axis which "data" divides."""
-    spec = [*where.spec, *[None] * (len(shape.shape) - len(where.spec))]
-    for axis, size in enumerate(where.shard_shape(shape.shape)):
-        if size % where.mesh.shape["data"] == 0 and spec[axis] != "tensor":
-            taken = () if spec[axis] is None else (spec[axis],)
-            spec[axis] = ("data", *taken)
-            break
-    return NamedSharding(where.mesh, P(*spec))
-
-
-@FLOAT8_QUICKLY
-def test_maxtext_state(setting: Setting) -> None:
-    model, mesh = Boxed(setting.dtype), mesh_of("data", "fsdp", "tensor")
-    optimizer = setting.optimizer()
-
-    def init(key: Any) -> TrainState:
-        params = model.init(key, X)
-        return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
-
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        shapes = jax.eval_shape(init, jax.random.key(0))
-        specs = nn.get_partition_spec(shapes)
-        where = logical_to_mesh_sharding(specs, mesh, RULES)
-        # What it reads from the boxes is what `state_shardings` says.
-        ours = state_shardings(optimizer, unboxed(shapes.params), where.params)
-        assert first_moment(ours) == first_moment(where.opt_state)
-        # ZeRO-1: the state is also split over "data".
-        opt_shapes = unboxed(shapes).opt_state
-        split = jax.tree.map(split_over_data, opt_shapes, where.opt_state)
-        where = where.replace(opt_state=split)
-        state = unboxed(jax.jit(init, out_shardings=where)(jax.random.key(0)))
-        data = NamedSharding(mesh, P("data"))
-        replicated = NamedSharding(mesh, P())
-
-        @functools.partial(
-            jax.jit,
-            in_shardings=(where, data, data),
-            out_shardings=(where, replicated),
-            donate_argnums=0,
-        )
-        def step(state: Any, x: Any, y: Any) -> Any:
-            def loss(params: Any) -> jax.Array:
-                return jnp.mean((state.apply_fn(params, x).astype(F32) - y) ** 2)
-
-            value, gradients = jax.value_and_grad(loss)(state.params)
-            return state.apply_gradients(grads=gradients), value
-
-        losses = []
-        for _ in range(12):
-            state, value = step(state, X, Y)
-            losses.append(float(value))
-    assert losses[-1] < 0.7 * losses[0]
-    m = first_moment(state.opt_state)["params"]["Dense_0"]["kernel"]
-    assert m.sharding.shard_shape((16, 32)) == (4, 16)
-
-
-def first_moment(state: Any) -> Any:
-    return optax.tree.get(state, "ScaleByAdam3State").m
 
 
 # big_vision: the optimizer is named by a string below the module optax, between masks
@@ -163,7 +81,7 @@ def fully_sharded(mesh: Any, x: Any) -> NamedSharding:
 def test_big_vision(monkeypatch: pytest.MonkeyPatch) -> None:
     # The line: big_vision looks for its optimizers below optax.
     monkeypatch.setattr(optax, "adam3", adam3_optax, raising=False)
-    model, mesh = Boxed(), mesh_of("data")
+    model, mesh = Boxed(), jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def init(key: Any) -> Any:
         return nn.unbox(model.init(key, X)["params"])
@@ -197,14 +115,16 @@ def test_big_vision(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(state["params"]["Dense_1"]["bias"], jnp.zeros(1))
     # What big_vision asks the state for: the one count of a schedule.
     assert optax.tree.get(state["opt"], "ScaleByScheduleState").count == 15
-    kernel = first_moment(state["opt"])["Dense_0"]["kernel"]
+    kernel = optax.tree.get(state["opt"], "ScaleByAdam3State").m["Dense_0"]["kernel"]
     assert kernel.sharding.shard_shape((16, 32)) == (16, 4)
 
 
 # PureJaxRL: training is one program of nested scans, and seeds are a vmap around it.
+# The others are slow; `make test-clients` runs them.
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in (FLOAT32, BFLOAT16)]
 
 
-@FLOAT8_QUICKLY
+@pytest.mark.parametrize("setting", [FLOAT8, *SLOW], ids=lambda x: x.name)
 def test_purejaxrl(setting: Setting) -> None:
     # float32 with a rate that falls over the 80 steps.
     rate = optax.linear_schedule(RATE, 0.0, 80)

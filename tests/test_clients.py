@@ -18,18 +18,8 @@ import pytest
 from flax import nnx
 
 from adam3_optax import adam3w
-from tests.clients import (
-    ALL,
-    FLOAT32,
-    IN_FLOAT32,
-    RATE,
-    X,
-    Y,
-    check,
-    client,
-    mean_square,
-    trains,
-)
+from tests import clients
+from tests.clients import ALL, IN_FLOAT32, RATE, X, Y, client, mean_square, trains
 from tests.settings import F32, assert_close, normal, structure
 
 CLIENTS = "haiku keras numpyro optimistix jaxopt blackjax flowjax netket penzai"
@@ -171,7 +161,7 @@ def test_blackjax_variational(kind: str) -> None:
             state, _ = step(key, state)
             yield jnp.mean((state.mu - 1.0) ** 2)
 
-    check(train, FLOAT32)
+    clients.check(train, clients.FLOAT32)
 
 
 @trains(*ALL)

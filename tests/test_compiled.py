@@ -1,19 +1,15 @@
 """What the compilers of TPUs and GPUs say. `make test-compiled` installs them."""
 
 import sys
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adam3_optax import adam3w, state_shardings
 from tests.settings import FORMS, UNBOUNDED
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -115,40 +111,3 @@ def test_nothing_travels(storage: str, size: int, split: str, axes: str) -> None
     assert found["hbm"] == pytest.approx(size, abs=0.01)
     assert found["temporary"] < 0.1
     assert found["collectives"] == {}
-
-
-@NEEDS_TPU
-@pytest.mark.parametrize(
-    ("setting", "size"), [("float32", 12), ("bfloat16", 6), ("float8", 4)]
-)
-def test_state_may_live_on_the_host(setting: str, size: int) -> None:
-    device = on_one(compiled.MESH)
-    optimizer = adam3w(1e-3, **compiled.common.SETTINGS[setting])
-    params = [jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=device)] * 16
-    count = 16 * 4096 * 1024
-    on_device = state_shardings(optimizer, params, device)
-    on_host = state_shardings(optimizer, params, device, memory_kind="pinned_host")
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(optimizer.init, params),
-        on_host,
-    )
-
-    def update(params: Any, state: Any, gradients: Any) -> Any:
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(device, on_host))
-    def step(params: Any, state: Any, gradients: Any) -> Any:
-        return update(params, jax.device_put(state, on_device), gradients)
-
-    program = step.lower(params, state, params).compile()
-    memory: Any = program.memory_analysis()
-    for name in ("argument", "output", "alias"):
-        found = getattr(memory, f"host_{name}_size_in_bytes")
-        assert found / count == pytest.approx(size, rel=0.01)
-    # Nearly all of it is on the device at once.
-    assert size < memory.temp_size_in_bytes / count < 1.3 * size
-    # Without moving it in, JAX refuses to mix the two memories.
-    with pytest.raises(ValueError, match="memory_space of all inputs"):
-        jax.jit(update).lower(params, state, params)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from itertools import product
+from itertools import permutations
 from typing import Any
 
 import jax
@@ -11,33 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from adam3_optax import (
-    adam3,
-    adam3w,
-    convert_state,
-    from_adam_state,
-    scale_by_adam3,
-    to_adam_state,
-)
-from tests import reference
-from tests.settings import (
-    BF16,
-    F16,
-    F32,
-    FORMS,
-    GRADIENTS,
-    MIXED,
-    PARAMS,
-    STORAGE,
-    UNBOUNDED,
-    assert_close,
-    assert_same,
-    each_storage,
-    moments,
-    step,
-    train,
-    types,
-)
+import adam3_optax
+from adam3_optax import convert_state, from_adam_state, scale_by_adam3, to_adam_state
+from tests import reference, settings
+from tests.settings import FORMS, GRADIENTS, PARAMS, STORAGE, moments, train, types
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +33,9 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
 def test_switch_in_mid_training(wrapper: Any) -> None:
-    ours = wrapper(adam3w(SCHEDULE, **MIXED))
+    ours = wrapper(adam3_optax.adam3w(SCHEDULE, **settings.MIXED))
     params, state = train(wrapper(optax.adamw(SCHEDULE)), gradients=GRADIENTS[:4])
-    switched = from_adam_state(state, **MIXED)
+    switched = from_adam_state(state, **settings.MIXED)
     assert types(switched) == types(ours.init(PARAMS))
     m, v, s = moments(switched)
     assert all(map(np.any, jax.tree.leaves((m, v))))
@@ -69,21 +46,21 @@ def test_switch_in_mid_training(wrapper: Any) -> None:
 
 
 def test_with_lam_zero_the_switch_changes_nothing() -> None:
-    adam, ours = optax.adamw(1e-2), adam3w(1e-2, lam=0.0)
+    adam, ours = optax.adamw(1e-2), adam3_optax.adam3w(1e-2, lam=0.0)
     got = want = train(adam, gradients=GRADIENTS[:3])
     got = got[0], from_adam_state(got[1])
     for g in GRADIENTS[3:]:
-        got, want = step(ours, *got, g), step(adam, *want, g)
-    assert_close(got[0], want[0])
-    assert_same(to_adam_state(got[1]), want[1])
+        got, want = settings.step(ours, *got, g), settings.step(adam, *want, g)
+    settings.assert_close(got[0], want[0])
+    settings.assert_same(to_adam_state(got[1]), want[1])
 
 
-@each_storage("smallest", "mixed")
+@settings.each_storage("smallest", "mixed")
 def test_the_way_back_is_to_the_type_computed_in(storage: Any) -> None:
-    _, state = train(adam3(**storage))
+    _, state = train(adam3_optax.adam3(**storage))
     adam, wide = to_adam_state(state)[0], convert_state(state)[0]
-    assert_same((adam.mu, adam.nu), (wide.m, wide.v))
-    assert {x.dtype for x in jax.tree.leaves((adam.mu, adam.nu))} == {jnp.dtype(F32)}
+    settings.assert_same((adam.mu, adam.nu), (wide.m, wide.v))
+    assert {x.dtype.name for x in jax.tree.leaves((adam.mu, adam.nu))} == {"float32"}
 
 
 def assert_near(got: Any, want: Any, storage: Any, form: Any) -> None:
@@ -107,9 +84,9 @@ def assert_near(got: Any, want: Any, storage: Any, form: Any) -> None:
 FORMATS = "default", "bfloat16", "float8", "smallest"
 # The form is the unit of s in float8, and nothing else.
 CHANGES = [
-    *((UNBOUNDED[0], old, new) for old, new in product(FORMATS, FORMATS) if old != new),
-    *((form, "default", "smallest") for form in UNBOUNDED[1:]),
-    *((form, "smallest", "default") for form in UNBOUNDED[1:]),
+    *((settings.UNBOUNDED[0], *pair) for pair in permutations(FORMATS, 2)),
+    *((form, "default", "smallest") for form in settings.UNBOUNDED[1:]),
+    *((form, "smallest", "default") for form in settings.UNBOUNDED[1:]),
 ]
 
 
@@ -130,7 +107,7 @@ def test_every_format_becomes_every_other(form: Any, old: str, new: str) -> None
     full = convert_state(low, third_moment=form)
     assert_near(full, exact, storage, form)
     # Nothing is lost twice.
-    assert_same(convert_state(full, third_moment=form, **storage), low)
+    settings.assert_same(convert_state(full, third_moment=form, **storage), low)
 
 
 def test_what_has_its_format_and_its_unit_is_not_touched() -> None:
@@ -164,7 +141,7 @@ def test_what_cannot_be_converted_is_named(convert: Any) -> None:
 
 def test_injected_hyperparameters_are_not_carried_over() -> None:
     adam = optax.inject_hyperparams(optax.adamw)(1e-2)
-    ours = optax.inject_hyperparams(adam3w)(1e-2, lam=5.0, b3=0.9)
+    ours = optax.inject_hyperparams(adam3_optax.adam3w)(1e-2, lam=5.0, b3=0.9)
     _, state = train(adam, gradients=GRADIENTS[:2])
     with pytest.raises(ValueError, match=r"inner_state=from_adam_state\(state\.inner"):
         from_adam_state(state)
@@ -180,7 +157,7 @@ def test_injected_hyperparameters_are_not_carried_over() -> None:
     assert types(convert_state(low)) == types(state)
 
 
-@pytest.mark.parametrize("half", [BF16, F16])
+@pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16])
 def test_adam_of_parameters_of_several_dtypes(half: Any) -> None:
     params = {"w": jnp.ones((4, 32), half), "b": jnp.ones(4)}
     state = from_adam_state(optax.scale_by_adam().init(params))
@@ -192,4 +169,4 @@ def test_a_stacked_state_is_named_by_conversion() -> None:
     with pytest.raises(ValueError, match=r"count has shape \(5,\).*jax.vmap"):
         convert_state(state, m_dtype="bfloat16")
     converted = jax.vmap(lambda x: convert_state(x, m_dtype="bfloat16"))(state)
-    assert converted.m.dtype == BF16
+    assert converted.m.dtype == jnp.bfloat16

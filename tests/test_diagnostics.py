@@ -12,15 +12,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from adam3_optax import (
-    ScaleByAdam3State,
-    ThirdMomentReport,
-    adam3,
-    scale_by_adam3,
-    third_moment_report,
-)
+from adam3_optax import ScaleByAdam3State, adam3, scale_by_adam3, third_moment_report
 from tests import reference, settings
-from tests.settings import EACH_FORM, FORMS, STORAGE, UNBOUNDED, mesh_of, on
+from tests.settings import EACH_FORM, FORMS, STORAGE, UNBOUNDED, mesh_of, on, train
 
 RULE: dict[str, Any] = {"b1": 0.9, "b2": 0.99, "b3": 0.98, "lam": 0.02, "tau": 0.3}
 CUBIC: dict[str, Any] = {**RULE, "third_moment": "cubic"}
@@ -53,11 +47,7 @@ def gradients(scale: float, steps: int = 12) -> list[Any]:
 
 
 def run(optimizer: Any, grads: list[Any]) -> Any:
-    params = jax.tree.map(jnp.zeros_like, grads[0])
-    state = optimizer.init(params)
-    for g in grads:
-        _, state = optimizer.update(g, state, params)
-    return state
+    return train(optimizer, jax.tree.map(jnp.zeros_like, grads[0]), grads)[1]
 
 
 def loaded(state: Any, form: Any) -> list[Any]:
@@ -134,10 +124,6 @@ def test_statistics_are_those_of_the_definitions(form: Any, name: str) -> None:
 # The states that hold it.
 
 
-def scalars(report: ThirdMomentReport) -> dict[str, float]:
-    return report.scalars(leaves=True)
-
-
 def test_several_states_count_together() -> None:
     grads = [{"v": g["v"], "w": g["w"]} for g in gradients(1.0, 3)]
     arms = {"x": adam3(1e-3, **CUBIC), "y": adam3(1e-2, **CUBIC)}
@@ -157,7 +143,7 @@ def test_injected_hyperparameters_are_those_used() -> None:
     report = third_moment_report(state, third_moment="cubic")
     plain = run(adam3(1e-3, **CUBIC), [g, g])
     wanted = third_moment_report(plain, **{**CUBIC, "lam": 0.25})
-    assert scalars(report) == pytest.approx(scalars(wanted), rel=1e-4)
+    assert report.scalars() == pytest.approx(wanted.scalars(), rel=1e-4)
     # What is given goes before: a `lam` of the state may be another transformation's.
     given = third_moment_report(state, lam=0.125, third_moment="cubic")
     half = float(wanted.overall.ratio) / 2
@@ -315,8 +301,8 @@ def test_sharded_leaves_stay(kind: Any, spec: Any) -> None:
     )
     jitted = jax.jit(lambda state: third_moment_report(state, **CUBIC))
     # An Auto mesh sums in the order of its parts, so the last digit may differ.
-    want = scalars(third_moment_report(state, **CUBIC))
-    assert scalars(jitted(split)) == pytest.approx(want, rel=1e-6)
+    want = third_moment_report(state, **CUBIC).scalars()
+    assert jitted(split).scalars() == pytest.approx(want, rel=1e-6)
     program = jitted.lower(split).compile().as_text() or ""
     call = r"= \(?\w+\[([\d,]*)\]\S* (all|reduce-scatter|collective)[\w-]*\("
     shapes = [found[1] for found in re.finditer(call, program)]

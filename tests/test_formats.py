@@ -3,7 +3,6 @@
 The codes themselves are in `test_rounding.py`, and the limits in `test_not_finite.py`.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -14,26 +13,20 @@ import pytest
 
 import adam3_optax
 from adam3_optax import Float8Warning, _formats, _rule, adam3, scale_by_adam3
+from tests import settings
 from tests.settings import (
     BF16,
-    EACH_FORM,
-    F16,
     F32,
     F64,
     FORMS,
-    MIXED,
     STORAGE,
-    UNBOUNDED,
-    each_storage,
     first_step,
     loaded,
     noise,
     run,
-    step,
-    types,
 )
 
-EACH_ROUNDED = each_storage("bfloat16", "float8")
+EACH_ROUNDED = settings.each_storage("bfloat16", "float8")
 FLOAT8, SMALLEST = STORAGE["float8"], STORAGE["smallest"]
 
 
@@ -42,7 +35,8 @@ FLOAT8, SMALLEST = STORAGE["float8"], STORAGE["smallest"]
 
 def test_every_leaf_of_a_moment_is_one_array_like_its_parameter() -> None:
     # So the bytes of a state are those of its dtypes.
-    params = {"w": jnp.ones((3, 5)), "b": jnp.ones(2, BF16), "e": jnp.ones((0, 4), F16)}
+    params = {"w": jnp.ones((3, 5)), "b": jnp.ones(2, BF16)}
+    params["e"] = jnp.ones((0, 4), jnp.float16)
     float8: Any = jnp.float8_e4m3fn
     dtypes = {None: F32, "float32": F32, "bfloat16": BF16, "float8": float8}
     for storage in STORAGE.values():
@@ -54,18 +48,18 @@ def test_every_leaf_of_a_moment_is_one_array_like_its_parameter() -> None:
             setting = storage.get(f"{name}_dtype")
             dtype = jnp.uint8 if (name, setting) == ("v", "float8") else dtypes[setting]
             like = jax.tree.map(lambda x, d=dtype: jnp.zeros(x.shape, d), params)
-            assert types(getattr(one, name)) == types(like)
-            assert types(one.count) == types(jnp.int32(0))
+            assert settings.types(getattr(one, name)) == settings.types(like)
+            assert settings.types(one.count) == settings.types(jnp.int32(0))
     # Dtypes are settings, too.
     named: Any = {"m_dtype": float8, "v_dtype": np.float32, "s_dtype": jnp.bfloat16}
-    mixed = scale_by_adam3(**MIXED).init(params)
-    assert types(scale_by_adam3(**named).init(params)) == types(mixed)
+    mixed = scale_by_adam3(**settings.MIXED).init(params)
+    assert settings.types(scale_by_adam3(**named).init(params)) == settings.types(mixed)
 
 
 KNOWN = "must be one of None, 'float32', 'bfloat16', 'float8', got "
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"v_dtype": x}, KNOWN) for x in ("float8_e5m2", F64, abs, "", "float8_e4m3fn")),
-    ({"s_dtype": F16}, f"{KNOWN}'float16' .in which"),
+    ({"s_dtype": jnp.float16}, f"{KNOWN}'float16' .in which"),
     # What `optax.inject_hyperparams` makes of a dtype, for it is callable.
     *(({"m_dtype": x}, "static_args='m_dtype'") for x in (1, True, jnp.ones(()))),
     ({"m_dtype": jnp.int8}, f"{KNOWN}'int8'.* use 'float8'"),
@@ -77,10 +71,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), REFUSED)
-def test_a_setting_that_is_refused_says_what_to_do(settings: Any, message: str) -> None:
+@pytest.mark.parametrize(("chosen", "message"), REFUSED)
+def test_a_setting_that_is_refused_says_what_to_do(chosen: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^._dtype.*{message}"):
-        scale_by_adam3(**settings)
+        scale_by_adam3(**chosen)
 
 
 @pytest.mark.parametrize(
@@ -154,15 +148,15 @@ def test_averages_over_200_000_steps(storage: Any) -> None:
         return (states, (sums[0] + counted * means, sums[1] + counted * slope)), None
 
     start = states, (jnp.zeros((2, 3)), jnp.zeros(2))
-    run = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(200_000))[0])
-    _, (means, slope) = run(start)
+    scanned = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(200_000))[0])
+    _, (means, slope) = scanned(start)
     print(means[0] / means[1] - 1, slope[0] / slope[1] - 1)
     np.testing.assert_allclose(means[0], means[1], rtol=5e-3)
     # Eight bits of v make updates longer, 3 to 8%.
     assert abs(slope[0] / slope[1] - 1) < (5e-3 if storage is FLOAT8 else 0.1)
 
 
-@each_storage("bfloat16", "float8", "smallest")
+@settings.each_storage("bfloat16", "float8", "smallest")
 def test_pure_decay_is_right_on_average(storage: Any) -> None:
     start = noise(0, (64, 256)) + 2.0
 
@@ -199,7 +193,7 @@ def test_leaves_steps_and_moments_draw_apart(storage: Any) -> None:
         assert abs(np.corrcoef(a, b)[0, 1]) < bound
 
 
-@EACH_FORM
+@settings.EACH_FORM
 @EACH_ROUNDED
 def test_the_update_is_that_of_the_stored_moments(form: Any, storage: Any) -> None:
     h = (0.9, 0.99, 0.98, 0.5, 1.0, 1e-8, 0.0)
@@ -236,23 +230,6 @@ def test_a_derivative_through_float8_is_an_error(name: str) -> None:
             derivative(jnp.ones((4, 16)))
 
 
-@EACH_FORM
-def test_derivatives_of_bfloat16_state_stay(form: Any) -> None:
-    narrow = scale_by_adam3(b3=0.9, third_moment=form, **STORAGE["bfloat16"])
-    wide = scale_by_adam3(b3=0.9, third_moment=form)
-
-    def second_update(optimizer: Any, first: Any, second: Any) -> Any:
-        _, state = first_step(optimizer, first)
-        return optimizer.update(second, state)[0].sum()
-
-    g = jnp.linspace(0.1, 1, 64).reshape(4, 16)
-    first, second = jax.grad(second_update, (1, 2))(narrow, g, g[::-1])
-    assert not np.any(first)
-    # Within the update rounding counts as the identity, which it is on average.
-    expected = jax.grad(second_update, 2)(wide, g, g[::-1])
-    np.testing.assert_allclose(second, expected, rtol=0.2, atol=0.05)
-
-
 # Memory of the compiled step.
 
 
@@ -261,7 +238,7 @@ def test_derivatives_of_bfloat16_state_stay(form: Any) -> None:
     [
         *((form, "float8", 1) for form in FORMS),
         (FORMS[-1], "float8", 4),
-        *((UNBOUNDED[0], name, 1) for name in ("default", "bfloat16", "smallest")),
+        *((FORMS[0], name, 1) for name in ("default", "bfloat16", "smallest")),
     ],
 )
 def test_temporary_memory(form: Any, name: str, leaves: int) -> None:
@@ -269,12 +246,13 @@ def test_temporary_memory(form: Any, name: str, leaves: int) -> None:
     # float32 would cost 4.
     params = [jnp.zeros((1024, 1024 // leaves))] * leaves
     optimizer = adam3(1e-3, third_moment=form, **STORAGE[name])
-    donated: Any = jax.jit(functools.partial(step, optimizer), donate_argnums=(0, 1))
-    compiled = donated.lower(params, optimizer.init(params), params).compile()
+    donated: Any = jax.jit(settings.step, static_argnums=0, donate_argnums=(1, 2))
+    state = optimizer.init(params)
+    compiled = donated.lower(optimizer, params, state, params).compile()
     analysis: Any = compiled.memory_analysis()
     # The CPU compilers before JAX 0.12 drop the barriers, and keep what is shared.
     older = {"default": 0.01, "bfloat16": 10.6}.get(name, 28.6)
     bound = 0.01 if jax.__version_info__ >= (0, 12) else older
     assert analysis.temp_size_in_bytes / 2**20 < bound
-    kept = sum(x.nbytes for x in jax.tree.leaves((params, optimizer.init(params))))
+    kept = sum(x.nbytes for x in jax.tree.leaves((params, state)))
     assert analysis.alias_size_in_bytes >= kept - 8  # all are donated, but the counts

@@ -17,26 +17,11 @@ import pytest
 from flax import nnx
 
 from adam3_optax import adam3w, bfloat16_parameters, to_float32_parameters
+from tests import settings
 from tests.clients import BFLOAT16, FLOAT8, X, mean_square, trains
-from tests.settings import (
-    BF16,
-    EACH_FORM,
-    F32,
-    F64,
-    GRADIENTS,
-    MIXED,
-    PARAMS,
-    assert_close,
-    assert_same,
-    first_step,
-    normal,
-    scan,
-    step,
-    train,
-    types,
-)
+from tests.settings import BF16, F32, F64, PARAMS, first_step, scan, step, train, types
 
-FEW = GRADIENTS[:4]
+FEW = settings.GRADIENTS[:4]
 
 
 # Optax's wrappers.
@@ -60,7 +45,7 @@ WRAPPERS: dict[str, Any] = {
     "freeze": then(optax.transforms.freeze(ONE)),
     "MultiSteps": lambda o: optax.MultiSteps(o, 2),
     "apply_if_finite": lambda o: optax.apply_if_finite(o, 3),
-    "conditionally_mask": lambda o: optax.conditionally_mask(o, lambda step: step < 2),
+    "conditionally_mask": lambda o: optax.conditionally_mask(o, lambda i: i < 2),
     "schedule_free": lambda o: optax.contrib.schedule_free(o, 0.1),
     "mechanize": optax.contrib.mechanize,
     "snapshot": then(optax.snapshot("size", optax.tree.norm)),
@@ -85,7 +70,7 @@ WRAPPERS: dict[str, Any] = {
         should_skip_update_fn=partial(optax.skip_large_updates, max_squared_norm=1e6),
     ),
     "conditionally_transform": lambda o: optax.conditionally_transform(
-        o, lambda step: step < 2
+        o, lambda i: i < 2
     ),
     "keep_params_nonnegative": then(optax.keep_params_nonnegative()),
     "clip": first(optax.clip(0.5)),
@@ -114,7 +99,7 @@ def test_wrapped_with_lam_zero_it_is_wrapped_adamw(
         wrapper(adam3w(0.1, lam=0.0, eps=1e-6)), params, FEW, value=value
     )
     want, _ = train(wrapper(optax.adamw(0.1, eps=1e-6)), params, FEW, value=value)
-    assert_close(got, want, rtol=2e-4)
+    settings.assert_close(got, want, rtol=2e-4)
     third = optax.tree.get(state, "ScaleByAdam3State").s
     assert all(bool(jnp.all(x != 0)) for x in jax.tree.leaves(third))
 
@@ -127,7 +112,7 @@ def test_complex_parameters_can_be_split(standard_promotion: None) -> None:
     np.testing.assert_array_equal(updates, expected[0] + 1j * expected[1])
 
 
-@EACH_FORM
+@settings.EACH_FORM
 def test_hypergradients(form: Any, x64: None) -> None:
     # The derivative of training by a hyperparameter is the difference quotient.
     params = PARAMS["b"].astype(F64)
@@ -175,7 +160,7 @@ def test_a_restored_run_is_the_straight_run(
 ) -> None:
     # Bit for bit, by an optimizer made anew, as after a restart.
     def fresh() -> Any:
-        ours = optax.inject_hyperparams(adam3w)(0.1, **MIXED)
+        ours = optax.inject_hyperparams(adam3w)(0.1, **settings.MIXED)
         return optax.masked(bfloat16_parameters(ours, "int8"), ONE)
 
     optimizer, again = fresh(), fresh()
@@ -186,7 +171,7 @@ def test_a_restored_run_is_the_straight_run(
     resumed = params, keep(state, blank, tmp_path)
     for g in FEW[2:]:
         straight, resumed = step(optimizer, *straight, g), step(again, *resumed, g)
-    assert_same(resumed, straight)
+    settings.assert_same(resumed, straight)
 
 
 # Flax NNX and Equinox. NNX outside of jit is in `test_boxes.py`.
@@ -236,7 +221,7 @@ class Module(eqx.Module):
 def test_equinox_modules(optimizer: Any, dtype: Any) -> Any:
     # `filter_grad` gives None for integers, which `is_array` counts as parameters.
     keep = eqx.is_array if dtype == F32 else eqx.is_inexact_array
-    weight = normal(16, 1, seed=6).astype(dtype)
+    weight = settings.normal(16, 1, seed=6).astype(dtype)
     model = Module(weight, jnp.arange(16)[::-1], jnp.tanh)
     state = optimizer.init(eqx.filter(model, keep))
 

@@ -15,8 +15,6 @@ from tests import reference
 from tests.reference import Setting
 from tests.settings import EACH_FORM, FORMS
 
-ULP = 2.0**-23
-
 SETTINGS = [
     Setting(form, *rest)
     for form in FORMS
@@ -63,12 +61,6 @@ def run(optimizer: Any, gradients: Any, dtype: Any = jnp.float32) -> Any:
 
 def updates(gradients: Any, **kwargs: Any) -> Any:
     return np.asarray(run(optimizer_of(**kwargs), gradients)[1])
-
-
-def along(optimizer: Any, gradients: jax.Array) -> jax.Array:
-    """Returns the updates, from a scan."""
-    swap = lambda state, g: optimizer.update(g, state)[::-1]  # noqa: E731
-    return jax.lax.scan(swap, optimizer.init(gradients[0]), gradients)[1]
 
 
 def stack(steps: Any) -> reference.Step:
@@ -153,7 +145,7 @@ def test_bias_corrections_keep_their_digits() -> None:
         h = (b, b, b, 0.0, 1.0, 0.0, 0.0)
         got = jax.vmap(lambda t, h=h: coefficients(h, t, jnp.float32).c1)(ts)
         exact = -np.expm1(ts * np.log1p(-(1 - b))) if b else np.ones(len(ts))
-        assert np.max(np.abs(got * exact - 1)) <= 3 * ULP
+        assert np.max(np.abs(got * exact - 1)) <= 3 * 2.0**-23
 
 
 # Properties.
@@ -189,7 +181,9 @@ def test_derivatives_near_zero_gradient(form: Any, eps: float) -> None:
     # that does not act is NaN; a Python inf is seen, a traced one is not.
     def total(g: jax.Array, tau: jax.Array) -> jax.Array:
         optimizer = scale_by_adam3(eps=eps, eps_root=1e-8, tau=tau, third_moment=form)
-        return along(optimizer, jnp.stack([g, g, -g, g])).sum()
+        swap = lambda state, g: optimizer.update(g, state)[::-1]  # noqa: E731
+        start = optimizer.init(g), jnp.stack([g, g, -g, g])
+        return jax.lax.scan(swap, *start)[1].sum()
 
     derivative = jax.jit(jax.grad(total))
     sizes = jnp.append(10.0 ** jnp.arange(-37, 12, dtype=jnp.float32), jnp.zeros(1))
@@ -197,20 +191,3 @@ def test_derivatives_near_zero_gradient(form: Any, eps: float) -> None:
         found = derivative(sizes, jnp.float32(tau))
         assert np.all(np.isfinite(found))
         assert found[-1] > 1e3  # 1/sqrt(eps_root), less the term's, which is 0
-
-
-@EACH_FORM
-def test_derivatives_by_a_decay_of_zero(form: Any) -> None:
-    gradients = jnp.array([[1.0, -2.0], [3.0, -1.0], [-2.0, 0.5]])
-
-    def loss(decays: Any) -> jax.Array:
-        optimizer = scale_by_adam3(**decays, lam=0.5, tau=0.7, third_moment=form)
-        return (along(optimizer, gradients) * jnp.array([[1.0, 2.0]])).sum()
-
-    derivative = jax.jit(jax.grad(loss))
-    half = dict.fromkeys(("b1", "b2", "b3"), jnp.float32(0.5))
-    for name in half:
-        at_zero, beside = (
-            derivative(half | {name: jnp.float32(b)})[name] for b in (0.0, 1e-4)
-        )
-        np.testing.assert_allclose(at_zero, beside, rtol=0.02, atol=1e-3)

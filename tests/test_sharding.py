@@ -3,14 +3,10 @@
 Eight CPU devices are simulated, as data 4 x model 2.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,23 +19,11 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from adam3_optax import adam3w, scale_by_adam3, state_shardings
-from tests.settings import (
-    AXES,
-    FORMS,
-    MIXED,
-    STORAGE,
-    UNBOUNDED,
-    assert_same,
-    mesh_of,
-    moments,
-    on,
-    structure,
-    types,
-)
+from tests import settings
+from tests.settings import AXES, FORMS, MIXED, STORAGE, assert_same, mesh_of, on, types
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = [AxisType.Auto, AxisType.Explicit]
 STEPS = 10
 SHAPES = {"matrix": (64, 128), "vector": (256,), "scalar": ()}
@@ -144,7 +128,7 @@ CASES = [
     *product(FORMS[-1:], ["mixed"], [*WAYS][1:], KINDS),
     (FORMS[-1], "mixed", "data parallel", AxisType.Auto),
     (FORMS[-1], "default", "fully sharded", AxisType.Auto),
-    (UNBOUNDED[0], "smallest", "fully sharded", AxisType.Explicit),
+    (settings.UNBOUNDED[0], "smallest", "fully sharded", AxisType.Explicit),
 ]
 
 
@@ -275,7 +259,7 @@ def test_explicit_shardings_need_no_mesh_context() -> None:
     state = optimizer.init(params)
     once = scanned(state, params)
     for after in (state, once, scanned(once, params)):
-        for moment in moments(after):
+        for moment in settings.moments(after):
             assert types(moment) == types(params)
 
 
@@ -299,7 +283,7 @@ def test_state_shardings(name: str, standard_promotion: None) -> None:
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
     found = state_shardings(optimizer, shapes, on(mesh, BOTH))
     state = jax.eval_shape(optimizer.init, shapes)
-    assert structure(state) == structure(found)
+    assert settings.structure(state) == settings.structure(found)
     # As its parameter, and the rest is whole.
     of_shape = {(64, 128): P("data", "model"), (256,): P(AXES)}
     for x, sharding in zip(*map(jax.tree.leaves, (state, found)), strict=True):
@@ -367,7 +351,7 @@ def assert_portable(exported: export.Exported) -> None:
     ("form", "name"),
     [
         *((form, "default") for form in FORMS),
-        (UNBOUNDED[0], "smallest"),
+        (settings.UNBOUNDED[0], "smallest"),
         (FORMS[-1], "mixed"),
         (None, "adam"),
     ],
@@ -416,20 +400,3 @@ def test_what_is_not_portable_is_seen(function: Any, dtype: Any, x64: None) -> N
     exported = export.export(jax.jit(function), platforms=PLATFORMS)(x)
     with pytest.raises(AssertionError):
         assert_portable(exported)
-
-
-# What is written about it.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("example", ["data_parallel.py", "fully_sharded.py"])
-def test_examples_run_and_complain_of_nothing(example: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / example)],
-        cwd=tmp_path,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=300,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"loss" in done.stdout

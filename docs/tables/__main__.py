@@ -9,66 +9,59 @@ that is on no page is left out. The figures of benchmarks are drawn, too.
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from benchmarks import common
 from docs.tables import compiled, evidence, low_precision, speed
 
-PAGES = sorted(Path(__file__).resolve().parents[1].glob("*.md"))
-Maker = Callable[[Path], list[str]]
 
-
-def maker_of(folder: Path) -> Maker | None:
+def kind_of(folder: Path) -> Any:
     """Returns what makes the tables of a record; None where the docs show none."""
     if (folder / "study.toml").exists():
-        return evidence.tables
+        return evidence
     if (folder / "runs.jsonl").exists():
-        return low_precision.tables
-    lines = folder / "results.jsonl"
-    if not lines.exists():
-        return None
-    of_compilers = '"measure": "compiled"' in lines.read_text(encoding="utf-8")
-    return compiled.tables if of_compilers else speed.tables
+        return low_precision
+    if common.read(folder, "compiled"):
+        return compiled
+    return speed if common.read(folder, "step") else None
 
 
 def replaced(page: str, table: str) -> str:
     """Returns a page with a table in place of the one that it is a new version of."""
-    names = _names(table)
     for block in page.split("\n\n"):
-        if block.startswith("| ") and _names(block) == names:
+        if block.startswith("| ") and names_of(block) == names_of(table):
             return page.replace(block.rstrip("\n"), table)
     return page
 
 
-def _names(table: str) -> list[str]:
+def names_of(table: str) -> list[str]:
     """Returns a table's head and its first column: what it is of."""
     head, _, *rows = table.splitlines()
     return [head, *(row.split(" | ")[0] for row in rows)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints or writes the tables, and returns the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("tables", description=__doc__, formatter_class=raw)
     parser.add_argument("--write", action="store_true", help="into docs/")
     parser.add_argument("folders", type=Path, nargs="+", help="records")
     options = parser.parse_args(argv)
-    makers = {folder: maker_of(folder) for folder in options.folders}
-    tables = [x for folder, make in makers.items() if make for x in make(folder)]
+    kinds = [(kind, folder) for folder in options.folders if (kind := kind_of(folder))]
+    tables = [table for kind, folder in kinds for table in kind.tables(folder)]
     if not options.write:
         print("\n\n".join(tables))
         return 0
-    for folder, make in makers.items():
-        for kind in (compiled, speed):
-            if make == kind.tables:
-                kind.draw(folder)
-    for page in PAGES:
-        text = old = page.read_text(encoding="utf-8")
-        for table in tables:
-            text = replaced(text, table)
-        if text != old:
-            page.write_text(text, encoding="utf-8")
+    for kind, folder in kinds:
+        if kind in (compiled, speed):
+            kind.draw(folder)
+    for page in sorted(Path("docs").glob("*.md")):
+        old = page.read_text(encoding="utf-8")
+        new = functools.reduce(replaced, tables, old)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
             print(f"Changed: {page}")
     return 0
 

@@ -1,7 +1,4 @@
-"""Tables and the figure of a record of benchmarks/compiled.py.
-
-Some records have the instructions in a file of their own.
-"""
+"""Tables and the figure of a record of benchmarks/compiled.py."""
 
 import statistics
 from pathlib import Path
@@ -16,95 +13,70 @@ from studies.study.markdown import table
 DEVICES = {"v5e": "TPU v5e", "h100": "H100"}
 FORMS = f"^adam3 ({'|'.join(filter(None, common.FORMS))}), "
 FEW = (common.BASELINE, *(f"adam3 cubic, {name}" for name in common.SETTINGS))
-KEYS = ("device", "dtype", "tree", "arm")
-FIELDS = ("hbm", "floor", "temporary", "peak", "kernels", "instructions", "compile")
-BYTES = [f"{name}: bytes" for name in DEVICES.values()]
-MEMORY = ["least possible, without padding", "temporary"]
+KEYS = ["device", "dtype", "tree", "arm"]
+# Columns: the head, the field, the digits, the devices.
+BYTES = [(f"{name}: bytes", "hbm", 1, device) for device, name in DEVICES.items()]
+FLOOR = ("least possible, without padding", "floor", 1, *DEVICES)
+ONE = [*BYTES, FLOOR, ("temporary", "temporary", 1, *DEVICES)]
+ONE += [(f"{x.upper()}: instructions", "instructions", 0, x) for x in ("h100", "a100")]
+KERNELS = [("kernels", "kernels", 0, device) for device in DEVICES]
+MANY = [BYTES[0], KERNELS[0], BYTES[1], KERNELS[1]]
+MANY += [("H100: CPU seconds to compile", "compile_cpu_seconds", 1, "h100")]
+WRAPPED = [*BYTES, FLOOR, ("temporary", "temporary", 2, "h100", "v5e")]
+WRAPPED += [("peak, with gradients", "peak", 2, "v5e")]
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Returns what was found off the mesh; in the names "adam3" stands for all forms."""
+    """Returns what was found off the mesh; for a name "adam3" stands for all forms."""
     rows = [x for x in common.read(folder, "compiled") if "split" not in x]
-    for row in common.read(folder, "instructions"):
+    for row in common.read(folder, "instructions"):  # in some records a file of its own
         rows.append({**row, "dtype": "float32", "tree": "one"})
     for row in common.read(folder, "compile"):
         seconds = {"compile_cpu_seconds": statistics.median(row["seconds"])}
         rows.append({**row, **seconds, "dtype": "float32", "tree": "gpt2"})
-    found = parts.last(rows, *KEYS).rename(columns={"compile_cpu_seconds": "compile"})
-    names = found["arm"].str.replace(FORMS, "adam3, ", regex=True)
-    return found.reindex(columns=KEYS + FIELDS).assign(name=names)
+    found = pd.DataFrame(rows).groupby(KEYS, sort=False, as_index=False).last()
+    fields = {column[1] for column in (*ONE, *MANY, *WRAPPED)}
+    arms = found["arm"].str
+    names = arms.replace(FORMS, "adam3, ", regex=True)
+    wrapped = arms.extract("(?P<remainder>.*) remainder over (?P<over>.*)")
+    return found.reindex(columns=[*KEYS, *fields]).assign(name=names).join(wrapped)
 
 
-def on(every: pd.DataFrame, tree: str) -> pd.DataFrame:
-    """Returns what was found with float32 parameters on a tree."""
-    return every[(every["dtype"] == "float32") & (every["tree"] == tree)]
-
-
-def of(rows: pd.DataFrame, field: str, *devices: str, digits: int = 1) -> list[str]:
-    """Returns a number for each device; where its rows differ, least and largest."""
-    texts = []
+def of(rows: pd.DataFrame, field: str, digits: int, *devices: str) -> str:
+    """Returns a number, or the least and the largest, for devices that differ in it."""
+    texts = {}
     for device in devices:
         found = rows[field][rows["device"] == device]
-        ends = [parts.number(x, digits) for x in (found.min(), found.max())]
-        texts.append(" to ".join(dict.fromkeys(ends)))
-    return texts
+        ends = [parts.cell(x, digits) for x in (found.min(), found.max())]
+        texts[" to ".join(dict.fromkeys(ends))] = device
+    return "; ".join(x for x in texts if x != "-") or "-"
 
 
-def one_matrix(every: pd.DataFrame) -> str:
-    """Returns the bytes and the instructions of a step on one matrix."""
-    head = ["optimizer and state", *BYTES, *MEMORY]
-    head += ["H100: instructions", "A100: instructions"]
-    lines = []
-    for name, rows in on(every, "one").groupby("name", sort=False):
-        line = [name, *of(rows, "hbm", *DEVICES)]
-        for field in ("floor", "temporary"):
-            found = dict.fromkeys(of(rows, field, *DEVICES))
-            line.append("; ".join(x for x in found if x != "-"))
-        lines.append([*line, *of(rows, "instructions", "h100", "a100", digits=0)])
-    return table(head, lines)
-
-
-def many_leaves(every: pd.DataFrame) -> str:
-    """Returns bytes, kernels and compile times on the tree of GPT-2 small."""
-    head = ["optimizer and state"]
-    for name in BYTES:
-        head += [name, "kernels"]
-    lines, gpt2 = [], on(every, "gpt2")
-    for arm in FEW:
-        rows, line = gpt2[gpt2["arm"] == arm], [arm]
-        for device in DEVICES:
-            line += of(rows, "hbm", device) + of(rows, "kernels", device, digits=0)
-        lines.append(line + of(rows, "compile", "h100"))
-    return table([*head, "H100: CPU seconds to compile"], lines)
-
-
-def wrapped(every: pd.DataFrame) -> str:
-    """Returns the bytes of `bfloat16_parameters`, on one matrix."""
-    lines = []
-    found = every[every["arm"].str.contains(" remainder over ")]
-    for arm, rows in found.groupby("arm", sort=False):
-        line = [*arm.split(" remainder over "), *of(rows, "hbm", *DEVICES)]
-        temporary = sorted(set(of(rows, "temporary", *DEVICES, digits=2)))
-        line += [*of(rows, "floor", "v5e"), "; ".join(temporary)]
-        lines.append(line + of(rows, "peak", "v5e", digits=2))
-    head = ["remainder", "over", *BYTES, *MEMORY, "peak, with gradients"]
-    return table(head, lines)
+def shown(rows: pd.DataFrame, keys: dict[str, str], columns: list[tuple]) -> str:
+    """Returns a table with a row for each value of the keys, which are by head."""
+    groups = rows.groupby([*keys.values()], sort=False)
+    lines = [[*key, *(of(x, *column[1:]) for column in columns)] for key, x in groups]
+    return table([*keys, *(column[0] for column in columns)], lines)
 
 
 def tables(folder: Path) -> list[str]:
-    """Returns the tables in Markdown."""
+    """Returns the tables of one matrix, of GPT-2 and of `bfloat16_parameters`."""
     every = read(folder)
-    made = [one_matrix(every)]
-    if "gpt2" in set(every["tree"]):  # not of other packages alone
-        made += [many_leaves(every), wrapped(every)]
+    single = every[every["dtype"] == "float32"]
+    one, gpt2 = (single[single["tree"] == x] for x in ("one", "gpt2"))
+    made = [shown(one, {"optimizer and state": "name"}, ONE)]
+    if len(gpt2):  # not of other packages alone
+        few = gpt2[gpt2["arm"].isin(FEW)]
+        made.append(shown(few, {"optimizer and state": "arm"}, MANY))
+        made.append(shown(every, {x: x for x in ("remainder", "over")}, WRAPPED))
     return made
 
 
 def draw(folder: Path) -> None:
     """Draws the bytes of a step on one matrix, beside the least possible."""
-    one, largest = on(read(folder), "one"), 60
+    one, largest = read(folder).query("dtype == 'float32' and tree == 'one'"), 60
     names = one["name"].unique()
-    figure, panel = parts.panel_of(names, 0.34)
+    figure, panel = parts.panel_of(names, height=0.34, base=28)
     for shift, device in zip((-0.19, 0.19), DEVICES, strict=True):
         rows = one[one["device"] == device].groupby("name").first().reindex(names)
         places, widths = np.arange(len(names)) + shift, rows["hbm"].fillna(0)
@@ -115,9 +87,7 @@ def draw(folder: Path) -> None:
                 panel.text(largest, y, f"goes on to {width:.0f} ", **style)
         panel.plot([rows["floor"]] * 2, [places - 0.19, places + 0.19], "k-", lw=2)
     panel.plot([], [], "k-", lw=2, label="least possible")
-    panel.axvline(28, c="0.6", lw=1, zorder=0)
-    panel.set_ylim(len(names) - 0.5, -0.5)
-    panel.set_xlim(0, largest)
+    panel.set(xlim=(0, largest), ylim=(len(names) - 0.5, -0.5))
     panel.set_xlabel("bytes a parameter and step (grey line: optax.adam)")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "bytes.png")

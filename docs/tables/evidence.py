@@ -11,7 +11,6 @@ from typing import Any
 from docs.tables import parts
 from studies.study.markdown import table
 
-GROUPS = ("rare", "frequent")
 MARKS = {"better": "**better**", "worse": "**worse**", "undecided": "unclear"}
 
 
@@ -19,14 +18,16 @@ def tables(folder: Path) -> list[str]:
     """Returns the tables of a study's record; the primary comparison first."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     losses = [x for x in found["primary"] if x["metric"] == "loss"]
-    cells = [[x["task"], shown(x, x["baseline"]), mark(x["verdict"])] for x in losses]
-    made = [table(("task", "difference in loss, %", "verdict"), cells)]
+    marks = [MARKS.get(x["verdict"], "same") for x in losses]  # within the margin
+    named = zip(losses, marks, strict=True)
+    rows = [[x["task"], shown(x, x["baseline"]), mark] for x, mark in named]
+    made = [table(["task", "difference in loss, %", "verdict"], rows)]
     arms = [x for x in found["arms"] if x["arm"] == found["primary_arm"]]
     if "error_rare" in arms[0]:
-        head = ("task", *(f"{x} classes, points" for x in GROUPS))
-        errors = [[x["metrics"][f"error_{group}"] for group in GROUPS] for x in arms]
-        named = zip(arms, errors, strict=True)
-        made.append(table(head, [[x["task"], *map(shown, each)] for x, each in named]))
+        head = ["task", "rare classes, points", "frequent classes, points"]
+        errors = ("error_rare", "error_frequent")
+        rows = [[x["task"], *(shown(x["metrics"][y]) for y in errors)] for x in arms]
+        made.append(table(head, rows))
     return made
 
 
@@ -34,8 +35,3 @@ def shown(row: dict[str, Any], unit: float = 1.0) -> str:
     """Returns a difference in hundredths of a unit, with its interval."""
     numbers = (100 * x / unit for x in (row["difference"], *row["interval"]))
     return parts.between(*numbers, "+.2f")
-
-
-def mark(verdict: str) -> str:
-    """Returns what a comparison says in one word; "same" is within the margin."""
-    return MARKS.get(verdict, "same")

@@ -25,33 +25,27 @@ PEAK_RATE = 4e-3  # of the schedule; the update is that of the chain, decay incl
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Returns the last run of each arm and seed."""
+    """Returns the last run of each arm, that is, of a form with a state, and seed."""
     runs = pd.read_json(folder / "runs.jsonl", lines=True, precise_float=True)
+    runs[["form", "state"]] = runs["arm"].str.split(", ", n=1, expand=True)
     return runs.drop_duplicates(["arm", "seed"], keep="last")
 
 
 def tables(folder: Path) -> list[str]:
-    """Returns the table in Markdown; arms by form, then by state."""
-    runs = read(folder)
-    losses = runs.pivot(index="seed", columns="arm", values="validation")
-    forms = list(runs["arm"].str.split(", ").str[0].unique())
-    compared, places = {}, {}
-    for arm in losses:
-        form, state = arm.split(", ", 1)
-        places[arm] = forms.index(form), STATES.index(state)
-        if state != BASELINE:
-            compared[arm] = (losses[arm] - losses[f"{form}, {BASELINE}"]).dropna()
-    corrected = holm([equivalence(d, MARGIN) for d in compared.values()])
-    p = dict(zip(compared, corrected, strict=True))
-    rows = []
-    for arm in sorted(places, key=places.__getitem__):
-        found, shift, equal = runs[runs["arm"] == arm], "", ""
-        if arm in compared:
-            d = compared[arm]
-            ends = stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d))
-            shift, equal = parts.between(d.mean(), *ends, "+.4f"), f"{p[arm]:.0e}"
-        size = (found["state_bytes"] / found["parameters"]).iloc[0]
-        cells = [arm, f"{size:.2f}", str(len(found)), f"{losses[arm].mean():.4f}"]
-        largest = found["largest"].max() / PEAK_RATE
-        rows.append([*cells, shift, equal, f"{largest:.2f}"])
+    rows, compared = [], []
+    for form, arms in read(folder).groupby("form", sort=False):
+        losses = arms.pivot(index="seed", columns="state", values="validation")
+        for state in sorted(losses, key=STATES.index):
+            runs, mean = arms[arms["state"] == state], losses[state].mean()
+            size = (runs["state_bytes"] / runs["parameters"]).iloc[0]
+            row = [f"{form}, {state}", f"{size:.2f}", str(len(runs)), f"{mean:.4f}"]
+            row += ["", "", f"{runs['largest'].max() / PEAK_RATE:.2f}"]
+            rows.append(row)
+            if state != BASELINE:
+                d = (losses[state] - losses[BASELINE]).dropna()
+                ends = stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d))
+                row[4] = parts.between(d.mean(), *ends, "+.4f")
+                compared.append((row, equivalence(d, MARGIN)))
+    for (row, _), p in zip(compared, holm([p for _, p in compared]), strict=True):
+        row[5] = f"{p:.0e}"
     return [table(HEAD, rows)]

@@ -1,6 +1,6 @@
 """What the tables and figures of records share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,13 +9,10 @@ from matplotlib.figure import Figure
 from studies.study import markdown
 
 
-def last(rows: Iterable[dict[str, Any]], *keys: str) -> pd.DataFrame:
-    """Returns the last value of each field, a row for each value of the keys."""
-    return pd.DataFrame(rows).groupby(list(keys), sort=False, as_index=False).last()
-
-
-def number(x: float, digits: int = 1) -> str:
-    """Returns a number; a dash where there is none."""
+def cell(x: Any, digits: int = 1) -> str:
+    """Returns a text as it is, a number with these digits, and a dash for neither."""
+    if isinstance(x, str):
+        return x
     return "-" if pd.isna(x) else f"{x:.{digits}f}"
 
 
@@ -25,16 +22,15 @@ def between(middle: float, low: float, high: float, form: str) -> str:
 
 
 def table(first: str, cells: pd.DataFrame) -> str:
-    """Returns cells in Markdown, under the index's name; a dash where one is none."""
-    rows = cells.fillna("-").itertuples(name=None)
-    return markdown.table([first, *cells], rows)
+    """Returns cells in Markdown, with a first column of what the index names."""
+    return markdown.table([first, *cells], cells.map(cell).itertuples(name=None))
 
 
-def panel_of(names: Sequence[str], height: float) -> tuple[Figure, Any]:
-    """Returns a figure and its panel, with a line of some inches for each name."""
-    size = (8, 1 + height * len(names))
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
+def panel_of(names: Sequence[str], height: float, base: float) -> tuple[Figure, Any]:
+    """Returns a figure and its panel: a line a name, and a grey one at the base."""
+    figure = Figure((8, 1 + height * len(names)), dpi=120, layout="constrained")
     panel = figure.subplots()
+    panel.axvline(base, c="0.6", lw=1, zorder=0)
     panel.set_yticks(range(len(names)), names)
     panel.spines[["top", "right"]].set_visible(False)
     return figure, panel

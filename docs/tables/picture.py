@@ -5,17 +5,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from scipy import stats
 
-from docs.tables import low_precision
+from docs.tables.low_precision import BASELINE, read
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "records" / "2026-11-25_bfloat16_parameters"
-ARMS = {
-    "alone": "parameters, bfloat16 alone",
-    "rounded stochastically": "parameters, bfloat16, remainder None",
-    "remainder of 1 byte": "parameters, bfloat16, remainder int8",
-    "remainder of 2 bytes": "parameters, bfloat16, remainder int16",
+STATES = {
+    "alone": "bfloat16 alone",
+    "rounded stochastically": "bfloat16, remainder None",
+    "remainder of 1 byte": "bfloat16, remainder int8",
+    "remainder of 2 bytes": "bfloat16, remainder int16",
 }
-BASELINE = "parameters, float32"
 # Parameters with their remainders, and state, in bytes a parameter.
 BYTES = {
     "float32, optax.adamw": (4, 8),
@@ -28,17 +27,17 @@ BYTES = {
 
 def draw(path: Path, style: str) -> None:
     """Draws both halves, for a light or a dark page."""
-    plt.style.use(["default", style])
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    plt.style.use(["default", style, spines])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained")
-    runs = low_precision.read(RECORD)
-    losses = runs.pivot(index="seed", columns="arm", values="validation")
-    for y, arm in enumerate(ARMS.values()):
-        above = losses[arm] - losses[BASELINE]  # paired, with a 95% interval
+    losses = read(RECORD).pivot(index="seed", columns="state", values="validation")
+    for y, state in enumerate(STATES.values()):
+        above = losses[state] - losses[BASELINE]  # paired, with a 95% interval
         half = stats.t.ppf(0.975, len(above) - 1) * above.sem()
         look = {"fmt": "o", "capsize": 4, "color": "C0" if y else "C3"}
         left.errorbar(above.mean(), y, xerr=half, **look)
     left.axvline(0, color="0.5", lw=1)
-    left.set_yticks(range(len(ARMS)), ARMS)
+    left.set_yticks(range(len(STATES)), STATES)
     left.set(title="bfloat16 parameters: loss above float32's, nats", ylim=(3.5, -0.5))
     places, (parameters, state) = range(len(BYTES)), zip(*BYTES.values(), strict=True)
     right.barh(places, parameters, color="C0", label="parameters")
@@ -48,10 +47,7 @@ def draw(path: Path, style: str) -> None:
     right.set_yticks(places, BYTES)
     right.set(title="bytes a parameter", ylim=(4.5, -0.5), xlim=(0, 13.5))
     right.legend(frameon=False, loc="lower right")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
