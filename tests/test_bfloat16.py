@@ -492,3 +492,16 @@ def test_the_report_is_exported_with_sizes_that_are_not_known_yet() -> None:
     params = jnp.ones((4, 3), BF16)
     exported = jax.export.export(lost)(shape, shape)
     assert float(exported.call(params, params * 1e-3)) == 1.0
+
+
+@pytest.mark.parametrize("remainder", ["int16", "int8", None])
+def test_an_update_leads_to_a_bfloat16_exactly(remainder: Any) -> None:
+    optimizer = bfloat16_parameters(optax.sgd(0.1), remainder)
+    params = jnp.linspace(0.5, 2.0, 4096).astype(BF16)
+    gradients = jnp.linspace(-1.0, 1.0, 4096)
+    state = optimizer.init(params)
+    for _ in range(2):  # the second step starts from remainders that are not 0
+        updates, state = optimizer.update(gradients, state, params)
+        exact = params.astype(F32) + updates
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(exact, params.astype(F32))
