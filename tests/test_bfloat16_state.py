@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from optax import contrib
@@ -385,6 +386,17 @@ def test_boxes_stay() -> None:
     assert isinstance(box, nn.Partitioned)
     assert box.value.dtype == jnp.bfloat16
     assert updates["w"].names == ("rows", None)
+
+
+def test_nnx_trains_with_it() -> None:
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, bfloat16_state(optax.adam(RATE)), wrt=nnx.Param)
+    before = model.kernel[...]
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((2, 8))).sum())(model))
+    dtypes = [x.dtype for x in jax.tree.leaves(optimizer.opt_state)]
+    assert dtypes.count(jnp.bfloat16) == 4
+    np.testing.assert_allclose(before - model.kernel[...], 2 * RATE, rtol=0.01)
 
 
 # The way in and out, and states that do not fit.
