@@ -11,7 +11,7 @@ y = 2.0 * x - 1.0 + 0.1 * jax.random.normal(jax.random.key(0), x.shape)
 line = jnp.zeros(2)  # slope and intercept
 
 optimizer = adam3(
-    optax.cosine_decay_schedule(0.1, decay_steps=300), third_moment="standardized"
+    optax.cosine_decay_schedule(0.1, decay_steps=300), third_moment="cubic"
 )
 state = optimizer.init(line)
 
