@@ -206,7 +206,9 @@ def third_moment_report(
     given = {name: value for name, value in chosen.items() if value is not None}
     found = _trees.find(state, ScaleByAdam3State)
     if form is None or any(isinstance(x.s, optax.EmptyState) for _, x, _ in found):
-        raise ValueError(f"no third moment to report on; use {', '.join(FORMS)}")
+        raise ValueError(
+            f"no third moment to report on; give the optimizer one: {', '.join(FORMS)}"
+        )
     names, leaves, lams = [], [], []
     for path, adam3, injected in found:
         _trees.check_not_stacked(adam3)
