@@ -49,8 +49,9 @@ def bfloat16_state(
         inner: Any optimizer of Optax's kind, but for `adam3w`, which has `m_dtype`,
             `v_dtype` and `s_dtype`.
         where: Which arrays of float32 or bfloat16 with an axis are averages: a function
-            of an array's path in the inner state, and of its shape. By default those
-            that stand for a parameter, in a field that `docs/low_precision.md` lists.
+            of an array's path in the inner state, and of the array. It may use the
+            shape, not the dtype or values. By default those that stand for a parameter,
+            in a field that `docs/low_precision.md` lists.
 
     Returns:
         A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates and their

@@ -230,6 +230,23 @@ def test_a_derivative_through_float8_is_an_error(name: str) -> None:
             derivative(jnp.ones((4, 16)))
 
 
+@settings.EACH_FORM
+def test_derivatives_of_bfloat16_state_stay(form: Any) -> None:
+    narrow = scale_by_adam3(b3=0.9, third_moment=form, **STORAGE["bfloat16"])
+    wide = scale_by_adam3(b3=0.9, third_moment=form)
+
+    def second_update(optimizer: Any, first: Any, second: Any) -> Any:
+        _, state = first_step(optimizer, first)
+        return optimizer.update(second, state)[0].sum()
+
+    g = jnp.linspace(0.1, 1, 64).reshape(4, 16)
+    first, second = jax.grad(second_update, (1, 2))(narrow, g, g[::-1])
+    assert not np.any(first)
+    # Within the update rounding counts as the identity, which it is on average.
+    expected = jax.grad(second_update, 2)(wide, g, g[::-1])
+    np.testing.assert_allclose(second, expected, rtol=0.2, atol=0.05)
+
+
 # Memory of the compiled step.
 
 

@@ -215,3 +215,25 @@ def test_a_state_of_another_optimizer_is_named() -> None:
     ):
         with pytest.raises(TypeError, match=f"must be a .*, got {got}. Was it made"):
             optimizer.update(PARAMS, other.init(PARAMS), PARAMS)
+
+
+# Shapes that are not known yet.
+
+
+@pytest.mark.usefixtures("on_cpu")
+@settings.EACH_STORAGE
+def test_a_step_exports_with_symbolic_shapes(storage: Any) -> None:
+    # Called with numbers, it is the plain step bit for bit.
+    shape = jax.export.symbolic_shape("rows, columns")
+    symbolic = {"w": jax.ShapeDtypeStruct(shape, F32)}
+    optimizer = adam3w(0.1, **storage)
+    shapes = jax.eval_shape(optimizer.init, symbolic)
+    update = jax.jit(optimizer.update)
+    exported = jax.export.export(update)(symbolic, shapes, symbolic)
+    params = {"w": PARAMS["w"]}
+    state = optimizer.init(params)
+    for g in settings.GRADIENTS[:3]:
+        got = exported.call({"w": g["w"]}, state, params)
+        want = update({"w": g["w"]}, state, params)
+        settings.assert_same(got, want)
+        _, state = want
