@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import re
 from collections.abc import Callable
@@ -12,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import SequenceKey, keystr
+from jax.tree_util import keystr
 
-from adam3_optax import _remainder, _rounding, _trees
+from adam3_optax import _remainder, _rounding, _trees, _xla
 from adam3_optax._adam3 import ScaleByAdam3State
 
 # Fields of states that hold averages or sums of gradients, or of powers of them.
@@ -98,7 +97,7 @@ def bfloat16_state(
         old = _averages(state.inner_state, params_like, where, widened)
         us, new = inner.update(updates, old, params, **extra_args)
         new = _averages(new, params_like, where, rounded)
-        us = jax.lax.platform_dependent(us, new, tpu=_after, default=lambda us, _: us)
+        us = jax.lax.platform_dependent(us, new, tpu=_xla.after, default=lambda u, _: u)
         return us, BFloat16State(new, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -110,40 +109,11 @@ def _averages(state: Any, params: Any, where: Any, f: Any) -> Any:
 
     def replaced(path: Any, x: Any) -> Any:
         can = not _has_formats(x) and np.ndim(x) and jnp.result_type(x) in _TYPES
-        field, _ = _place(path, places)
+        field, _ = _trees.place(path, places)
         pick = where or (lambda path, x: _AVERAGES.fullmatch(field))
         return f(path, x) if can and pick(path, x) else x
 
     return jax.tree.map_with_path(replaced, state, is_leaf=_has_formats)
-
-
-def _place(path: Any, places: Any) -> tuple[str, Any]:
-    """Returns a leaf's field in the inner state, and the path of its parameter.
-
-    A leaf's path ends in its parameter's, or in lists of arrays in the place of one.
-    """
-    for i, j in itertools.combinations_with_replacement(range(len(path) + 1), 2):
-        in_list = all(isinstance(key, SequenceKey) for key in path[j:])
-        if path[i:j] in places and in_list:
-            names = [key.name for key in path[:i] if hasattr(key, "name")]
-            return names[-1] if names else "", path[i:j]
-    return "", None
-
-
-def _after(updates: Any, state: Any) -> Any:
-    """Returns updates that wait for the averages.
-
-    So a TPU writes both in one kernel. Else it would read all of the state twice.
-    """
-    leaves, treedef = jax.tree.flatten_with_path(updates)
-    us: dict[Any, Any] = dict(leaves)
-    for path, x in jax.tree.leaves_with_path(state):
-        _, place = _place(path, us)
-        can = place in us and jnp.result_type(x) == jnp.bfloat16
-        if can and jax.typeof(x.astype(us[place].dtype)) == jax.typeof(us[place]):
-            never = (x > 0) & (x < 0)  # XLA does not know that
-            us[place] = jnp.where(never, jnp.zeros_like(us[place]), us[place])
-    return jax.tree.unflatten(treedef, us.values())
 
 
 def _has_formats(x: Any) -> bool:

@@ -1,5 +1,6 @@
 """The trees that users pass: checks of them, and states inside of states."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import PyTreeDef
+from jax.tree_util import PyTreeDef, SequenceKey
 
 CAST = "If it was cast, by a loader or optax.tree.cast, restore it in its dtypes."
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -16,9 +17,7 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 def optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     """Returns a checked optimizer, as one that takes extra arguments."""
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"inner must be an optimizer, such as optax.sgd(0.1): {inner!r}"
-        )
+        raise TypeError(f"inner must be an optimizer like optax.sgd(0.1): {inner!r}")
     return optax.with_extra_args_support(inner)
 
 
@@ -116,3 +115,15 @@ def replaced(state: optax.OptState, kind: type, convert: Callable[[Any], Any]) -
         return convert(x) if isinstance(x, kind) else x
 
     return jax.tree.map(replace, state, is_leaf=lambda x: isinstance(x, kind))
+
+
+def place(path: Any, places: Any) -> tuple[str, Any]:
+    """Returns a leaf's field in the inner state, and the path of its parameter.
+
+    A leaf's path ends in its parameter's, or in lists of arrays in the place of one.
+    """
+    for i, j in itertools.combinations_with_replacement(range(len(path) + 1), 2):
+        if path[i:j] in places and all(isinstance(k, SequenceKey) for k in path[j:]):
+            names = [key.name for key in path[:i] if hasattr(key, "name")]
+            return names[-1] if names else "", path[i:j]
+    return "", None

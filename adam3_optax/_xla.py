@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from adam3_optax import _trees
+
 
 def in_order(stored: Any, later: Any) -> tuple[Any, Any]:
     """Returns both. On a CPU, what is computed from `later` waits for `stored`.
@@ -36,6 +38,22 @@ def opaque(x: Array) -> Array:
     stays a constant.
     """
     return lax.platform_dependent(x, tpu=lambda x: x, default=lax.optimization_barrier)
+
+
+def after(updates: Any, state: Any) -> Any:
+    """Returns updates that wait for the averages.
+
+    So a TPU writes both in one kernel. Else it would read all of the state twice.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(updates)
+    us: dict[Any, Any] = dict(leaves)
+    for path, x in jax.tree.leaves_with_path(state):
+        _, place = _trees.place(path, us)
+        can = place in us and jnp.result_type(x) == jnp.bfloat16
+        if can and jax.typeof(x.astype(us[place].dtype)) == jax.typeof(us[place]):
+            never = (x > 0) & (x < 0)  # XLA does not know that
+            us[place] = jnp.where(never, jnp.zeros_like(us[place]), us[place])
+    return jax.tree.unflatten(treedef, us.values())
 
 
 def inverse_root(x: Array) -> tuple[Array, Array]:

@@ -380,7 +380,7 @@ def test_errors_name_what_was_wrong() -> None:
     report = partial(jax.eval_shape, lost_updates_report)
     for message, call, *arguments in (
         ("remainder must be 'int16', 'int8' or None", make, SGD, "int4"),
-        (r"inner must be an optimizer, such as optax\.sgd", make, optax.sgd),
+        (r"inner must be an optimizer like optax\.sgd", make, optax.sgd),
         (r"\['w'\] is float16", optimizer.init, half),
         ("needs params", update, params, state),
         (r"BFloat16ParametersState, .* of inner\.", update, params, (), params),

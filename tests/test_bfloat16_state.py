@@ -21,12 +21,12 @@ from optax import contrib
 from sklearn.datasets import load_digits
 
 from adam3_optax import (
+    _xla,
     adam3w,
     bfloat16_parameters,
     bfloat16_state,
     state_shardings,
 )
-from adam3_optax._bfloat16_state import _after
 from tests.settings import mesh_of, on
 
 # Optax's optimizers lean on implicit promotion.
@@ -273,7 +273,7 @@ def test_what_is_not_finite_stays() -> None:
     finite = np.isfinite(np.asarray(state.inner_state[0].mu, np.float32))
     np.testing.assert_array_equal(finite, [False, False, False, True])
     # What makes a TPU write all at once changes no update, whatever the average is.
-    waited = _after(jnp.arange(4.0), state.inner_state)
+    waited = _xla.after(jnp.arange(4.0), state.inner_state)
     np.testing.assert_array_equal(waited, jnp.arange(4.0))
 
 
