@@ -31,7 +31,7 @@ demo: $(VENV)/.examples ## train a language model and a classifier with AdaM3 an
 	@$(if $(filter -h --help,$(ARGS)),,$(BIN)/python examples/rare_classes.py)
 
 bench: RECORD ?= $(RECORDS)_speed
-bench: $(VENV)/.bench ## measure time and memory of a step against Optax's (a quarter hour)
+bench: $(VENV)/.bench ## measure time and memory of a step against Optax's (5 minutes)
 	@$(BIN)/python benchmarks/step.py --out "$(RECORD)" $(ARGS)
 	@$(BIN)/python -m docs.tables --write "$(RECORD)"
 study: $(VENV)/.bench ## compare AdaM3 with other optimizers, tuned alike (hours)

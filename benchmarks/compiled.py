@@ -47,6 +47,9 @@ def optimizers(device: str = compiled_devices.H100) -> common.Makers:
         common.BASELINE: make(optax.adam, common.RATE),
         "optax.contrib.ademamix": make(optax.contrib.ademamix, common.RATE),
         "optax.adamw, mu bfloat16": make(optax.adamw, common.RATE, **mu),
+        "bfloat16_state(optax.adamw)": lambda: adam3_optax.bfloat16_state(
+            optax.adamw(common.RATE)
+        ),
         **common.ours(adam3_optax.adam3),
         **common.peers(fused=device in compiled_devices.GPUS),
     }

@@ -109,6 +109,7 @@ RECORDS = [
     "benchmarks/records/2026-11-29_compiled",
     "benchmarks/records/2026-11-29_low_precision",
     "benchmarks/records/2026-11-30_bfloat16_state",
+    "benchmarks/records/2026-11-30_compiled_peers",
     "benchmarks/records/2026-11-30_speed",
     "benchmarks/records/2026-11-30_speed_pytorch",
     "studies/records/2026-11-27_fair",

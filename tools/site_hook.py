@@ -35,9 +35,10 @@ def on_config(config: MkDocsConfig) -> None:
     """Reads where the repository is."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     config.extra["repository"] = project["urls"]["Repository"]
-    # No `repo_url`: with that the theme would ask another host for stars.
-    link = {"icon": "fontawesome/brands/github", "link": config.extra["repository"]}
-    config.extra["social"] = [link | {"name": "Repository"}]
+    # The header links to it: theme/partials/source.html.
+    config.repo_url = config.extra["repository"]
+    config.repo_name = "Repository"
+    config.edit_uri = None
 
 
 @event_priority(100)  # before the plugins, which are to see these files

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from docs.tables import compiled, evidence, low_precision, speed
+from docs.tables import compared, compiled, evidence, low_precision, speed
 
 
 def kind_of(folder: Path) -> Any:
@@ -25,7 +25,7 @@ def kind_of(folder: Path) -> Any:
     if (folder / "runs.jsonl").exists():
         return low_precision
     if common.read(folder, "compiled"):
-        return compiled
+        return compared if folder.name == compared.BYTES[1] else compiled
     return speed if common.read(folder, "step") else None
 
 

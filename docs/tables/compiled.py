@@ -62,14 +62,15 @@ def shown(rows: pd.DataFrame, keys: dict[str, str], columns: list[tuple]) -> str
 def tables(folder: Path) -> list[str]:
     """Returns the tables of one matrix, of GPT-2 and of `bfloat16_parameters`."""
     every = read(folder)
-    single = every[every["dtype"] == "float32"]
+    # Those of other packages stand beside one another: `compared`.
+    single = every[(every["dtype"] == "float32") & ~every["arm"].str.contains("flash")]
     one, gpt2 = (single[single["tree"] == x] for x in ("one", "gpt2"))
-    made = [shown(one, {"optimizer and state": "name"}, ONE)]
-    if len(gpt2):  # not of other packages alone
-        few = gpt2[gpt2["arm"].isin(FEW)]
-        made.append(shown(few, {"optimizer and state": "arm"}, MANY))
-        made.append(shown(every, {x: x for x in ("remainder", "over")}, WRAPPED))
-    return made
+    few = gpt2[gpt2["arm"].isin(FEW)]
+    return [
+        shown(one, {"optimizer and state": "name"}, ONE),
+        shown(few, {"optimizer and state": "arm"}, MANY),
+        shown(every, {x: x for x in ("remainder", "over")}, WRAPPED),
+    ]
 
 
 def draw(folder: Path) -> None:

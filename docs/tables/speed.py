@@ -53,11 +53,11 @@ def tables(folder: Path) -> list[str]:
     others = one.dropna(subset="state")
     if one["form"].nunique() > 1:
         base = BASELINES[0 if others.empty else 1]
-        cells = one.pivot_table("time", "setting", "form", "first", sort=False)
+        moments = one[one["form"] != "None"]  # which stands beside other packages
+        cells = moments.pivot_table("time", "setting", "form", "first", sort=False)
         cells = cells.reindex([x for x in common.SETTINGS if x in cells.index])
         made.append(parts.table(f"time against `{base}`'s", cells))
-        others = others[others["form"].isna()]
-    if len(others):
+    elif len(others):
         cells = others.set_index("arm")[["time", "state", "temporary"]]
         cells = cells.rename(columns={"temporary": "temporary memory"})
         made.append(parts.table("optimizer", cells))
