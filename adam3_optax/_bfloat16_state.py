@@ -21,6 +21,7 @@ _AVERAGES = re.compile(
     "mu|nu|nu_max|trace|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|"
     "grad_sum_sq|sum_of_squares|v_row|v_col"
 )
+_TYPES = jnp.float32, jnp.bfloat16
 
 
 class BFloat16State(NamedTuple):
@@ -45,12 +46,11 @@ def bfloat16_state(
     it is rounded stochastically, and `inner` computes in float32.
 
     Args:
-        inner: Any optimizer of Optax's kind, but for `adam3w`, which has `m_dtype`,
-            `v_dtype` and `s_dtype`.
-        where: Which arrays of float32 or bfloat16 with an axis are averages: a function
-            of an array's path in the inner state, and of the array. It may use the
-            shape, not the dtype or values. By default those that stand for a parameter,
-            in a field that `docs/low_precision.md` lists.
+        inner: Any optimizer of Optax's kind but `adam3w`, which has its own `m_dtype`.
+        where: `where(path, array)` says whether an array of the inner state is an
+            average, by its path and shape. It is asked of float32 and bfloat16 with an
+            axis. By default: arrays that stand for a parameter, in a field that
+            `docs/low_precision.md` lists.
 
     Returns:
         A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates and their
@@ -61,9 +61,8 @@ def bfloat16_state(
         TypeError: `inner` is no optimizer; at update, a state of another kind.
 
     Example:
-        >>> import jax.numpy as jnp, optax
-        >>> from adam3_optax import bfloat16_state
-        >>> state = bfloat16_state(optax.lion(1e-4)).init(jnp.ones((2, 3)))
+        >>> import adam3_optax, jax.numpy as jnp, optax
+        >>> state = adam3_optax.bfloat16_state(optax.lion(1e-4)).init(jnp.ones((2, 3)))
         >>> optax.tree.get(state, "mu").dtype.name
         'bfloat16'
     """
@@ -106,22 +105,16 @@ def bfloat16_state(
 def _averages(state: Any, params: Any, where: Any, f: Any) -> Any:
     """Returns a state with f(path, x) in place of each average x."""
     places = {path for path, _ in jax.tree.leaves_with_path(params)}
+    own = BFloat16State, ScaleByAdam3State  # have formats of their own
 
     def replaced(path: Any, x: Any) -> Any:
-        can = not _has_formats(x) and np.ndim(x) and jnp.result_type(x) in _TYPES
+        can = not isinstance(x, own) and np.ndim(x) and jnp.result_type(x) in _TYPES
         field, _ = _trees.place(path, places)
         pick = where or (lambda path, x: _AVERAGES.fullmatch(field))
         return f(path, x) if can and pick(path, x) else x
 
-    return jax.tree.map_with_path(replaced, state, is_leaf=_has_formats)
-
-
-def _has_formats(x: Any) -> bool:
-    return isinstance(x, BFloat16State | ScaleByAdam3State)
+    return jax.tree.map_with_path(replaced, state, is_leaf=lambda x: isinstance(x, own))
 
 
 def _is_wide(x: Any) -> bool:
     return bool(np.ndim(x)) and jnp.result_type(x) == jnp.float32
-
-
-_TYPES = jnp.float32, jnp.bfloat16

@@ -20,7 +20,7 @@ from adam3_optax import (
     to_bfloat16_parameters,
 )
 
-WIDTH, BATCH, STEPS = 256, 128, 2000
+WIDTH, BATCH, STEPS = 128, 128, 1500
 SCHEDULE = optax.cosine_decay_schedule(1e-3, STEPS)
 REMAINDERS = {f"remainder {x}": x for x in (None, "int8", "int16")}
 WAYS = ("float32", "bfloat16 alone", *REMAINDERS)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -419,13 +420,17 @@ def test_the_way_in_and_out() -> None:
     assert not narrow_fields(out)
 
 
-def test_a_resumed_run_is_the_straight_one() -> None:
+def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
     optimizer = bfloat16_state(optax.adam(RATE))
     straight = state = optimizer.init(MATRICES)
     for i in range(4):
         _, straight = optimizer.update(MATRICES, straight)
         _, state = optimizer.update(MATRICES, state)
         if i == 1:
+            with ocp.StandardCheckpointer() as orbax:
+                orbax.save(tmp_path / "of", state)
+                orbax.wait_until_finished()
+                state = orbax.restore(tmp_path / "of", state)
             state = pickle.loads(pickle.dumps(jax.device_get(state)))
     for one, other in zip(*map(jax.tree.leaves, (straight, state)), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

@@ -108,6 +108,7 @@ def test_char_lm_learns_and_reports(tmp_path: Path) -> None:
     assert imread(tmp_path / "out" / "char_lm.png").std() > 0.05
 
 
+@pytest.mark.slow
 def test_ctrl_c_reports_what_is_done(tmp_path: Path) -> None:
     with started(tmp_path, "char_lm.py", "--steps", "1000000") as process:
         assert process.stdout
