@@ -130,11 +130,37 @@ def test_tables_are_those_of_the_record(
         assert table in pages
 
 
-def rows_of(head: str) -> list[list[str]]:
-    """Returns the cells of a table on low precision."""
-    text = (ROOT / "docs" / "low_precision.md").read_text()
+def rows_of(head: str, page: str = "docs/low_precision.md") -> list[list[str]]:
+    """Returns the cells of a table."""
+    text = (ROOT / page).read_text()
     lines = text[text.index(head) :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+# Rows of the README's table: what the records of bytes and of losses call them.
+SUMMARY = {
+    "optax.adam": None,
+    "adam3 None, bfloat16": "None, bfloat16",
+    "adam3 None, float8": "None, float8, v bfloat16",
+    "adam3 None, float8 all": "None, float8",
+    "adam3 standardized, bfloat16": "standardized, bfloat16",
+    "adam3 standardized, float8": "standardized, float8, v bfloat16",
+}
+
+
+def test_numbers_of_the_readme_are_those_of_the_records() -> None:
+    read = importlib.import_module("docs.tables.compiled").read
+    one = read(ROOT / "benchmarks" / "records" / "2026-11-29_compiled").query(
+        "device == 'h100' and dtype == 'float32' and tree == 'one'"
+    )
+    losses = {row[0]: row for row in rows_of("| cubic, float32 | 12.00")}
+    shown = rows_of("| state of m, v and s", "README.md")
+    for (arm, state), row in zip(SUMMARY.items(), shown, strict=True):
+        (found,) = one[one["arm"] == arm].to_dict("records")
+        assert row[2:4] == [f"{found[x]:.0f}" for x in ("hbm", "instructions")]
+        if state:
+            assert float(row[1]) == float(losses[state][1])
+            assert losses[state][4].startswith(f"{row[4]} (")
 
 
 MINUS = "minus float32's"

@@ -26,19 +26,20 @@ COLUMNS += [(f"{x}, temporary", "temporary", 1, y) for y, x in compiled.DEVICES.
 
 
 def tables(folder: Path) -> list[str]:
-    """Returns the table in Markdown, for the record of peers and those beside it."""
+    """Returns a table of bytes and one of times, for the peers and what is beside."""
     every = pd.concat(compiled.read(folder.parent / x) for x in BYTES)
     every = every.query("dtype == 'float32' and tree == 'one'")
     # The gradient and the parameter are read, and the latter written: 12 bytes.
     every = every.assign(state=(every["floor"] - 12) / 2)
-    times = speed.read(folder.parent / TIMES).query("tree == 'one'").set_index("arm")
     lines = []
     for name in NAMES:
         # The bytes were counted without weight decay, which has no state.
         arm = "optax.adam" if name == NAMES[0] else name.replace("adam3w", "adam3")
         found = every[every["arm"] == arm]
-        line = [name, *(compiled.of(found, *column[1:]) for column in COLUMNS)]
-        line += map(parts.cell, times.reindex([name])[["time", "temporary"]].iloc[0])
-        lines.append(line)
-    head = ["AdamW", *(column[0] for column in COLUMNS)]
-    return [table([*head, "CPU: time", "CPU, temporary"], lines)]
+        lines.append([name, *(compiled.of(found, *column[1:]) for column in COLUMNS)])
+    times = speed.read(folder.parent / TIMES).query("tree == 'one'").set_index("arm")
+    on_cpu = times.reindex([x for x in NAMES if x in times.index])
+    return [
+        table(["AdamW", *(column[0] for column in COLUMNS)], lines),
+        parts.table("AdamW, on a CPU", on_cpu[["time", "temporary"]]),
+    ]

@@ -17,7 +17,7 @@ KEYS = ["device", "dtype", "tree", "arm"]
 # Columns: the head, the field, the digits, the devices.
 BYTES = [(f"{name}: bytes", "hbm", 1, device) for device, name in DEVICES.items()]
 FLOOR = ("least possible, without padding", "floor", 1, *DEVICES)
-ONE = [*BYTES, FLOOR, ("temporary", "temporary", 1, *DEVICES)]
+ONE = [*BYTES, FLOOR]
 ONE += [(f"{x.upper()}: instructions", "instructions", 0, x) for x in ("h100", "a100")]
 KERNELS = [("kernels", "kernels", 0, device) for device in DEVICES]
 MANY = [BYTES[0], KERNELS[0], BYTES[1], KERNELS[1]]
