@@ -440,7 +440,9 @@ def test_states_that_do_not_fit() -> None:
     optimizer = bfloat16_state(optax.adam(RATE))
     state = optimizer.init(MATRICES)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), state.inner_state)
     bad: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, r"\.mu\['b'\] is float32", state._replace(inner_state=wide)),
         (ValueError, "restore it in its dtypes", optax.tree.cast(state, jnp.float32)),
         (ValueError, "restore it in its dtypes", optax.tree.cast(state, jnp.bfloat16)),
         (ValueError, "inside jax.vmap", stacked),
