@@ -23,8 +23,8 @@ CLIENTS_PYTHON ?= $(or $(shell $(PYTHON) tools/interpreter.py 3.12),$(PYTHON))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' Makefile
-	@echo "Variables: PYTHON=python3.13 VENV=.venv313; TESTS='-k NAME'; ARGS='--steps 200' of demo, =--quick"
-	@echo "of bench and study; TEXT=FILE of study; RECORD=FOLDER of bench and compiled; COMPILERS=tpu"
+	@echo "Variables: PYTHON=python3.13 VENV=.venv313; TESTS='-k NAME'; TEXT=FILE of study; RECORD=FOLDER of"
+	@echo "bench and compiled; COMPILERS=tpu; ARGS='--steps 200' of demo, '--size tiny' of bench, --quick of study"
 
 demo: $(VENV)/.examples ## train a language model and a classifier with AdaM3 and AdamW
 	@$(BIN)/python examples/char_lm.py $(ARGS)

@@ -4,8 +4,9 @@
     python -m docs.tables --write studies/records/* benchmarks/records/*
 
 Run it where this repository begins. What a record is, its files say. With --write each
-table takes the place of the one with the same head and first column in docs/; a table
-that is on no page is left out. The figures of benchmarks are drawn, too.
+table of a record in a folder "records" takes the place of the one with the same head
+and first column in docs/; a table that is on no page is left out. The figures of
+benchmarks are drawn, too.
 """
 
 import argparse
@@ -49,14 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="into docs/")
     parser.add_argument("folders", type=Path, nargs="+", help="records")
     options = parser.parse_args(argv)
-    kinds = [(kind, folder) for folder in options.folders if (kind := kind_of(folder))]
-    tables = [table for kind, folder in kinds for table in kind.tables(folder)]
+    tables = []
+    for folder in options.folders:
+        kind = kind_of(folder)
+        if options.write and kind in (compiled, speed):
+            kind.draw(folder)
+        if kind and (not options.write or folder.resolve().parent.name == "records"):
+            tables += kind.tables(folder)
     if not options.write:
         print("\n\n".join(tables))
         return 0
-    for kind, folder in kinds:
-        if kind in (compiled, speed):
-            kind.draw(folder)
     for page in sorted(Path("docs").glob("*.md")):
         old = page.read_text(encoding="utf-8")
         new = functools.reduce(replaced, tables, old)
