@@ -19,7 +19,7 @@ compiling = @set -e; export ALLOW_MULTIPLE_LIBTPU_LOAD=1; for x in $(COMPILERS);
 CLIENTS ?= dm-haiku keras numpyro optimistix jaxopt blackjax flowjax netket penzai
 CLIENTS_PYTHON ?= $(or $(shell $(PYTHON) tools/interpreter.py 3.12),$(PYTHON))
 
-.PHONY: help demo bench study records compiled test test-package test-apart test-oldest test-newest test-slow test-notebooks test-compiled test-clients test-gpu mutants lint format docs check-links wheel release-build release-check test-installed clean
+.PHONY: help demo bench study records compiled test test-package test-apart test-oldest test-newest test-slow test-programs test-compiled test-clients test-gpu mutants lint format docs check-links wheel release-build release-check test-installed clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' Makefile
@@ -57,10 +57,10 @@ test-oldest: ## test-package with the oldest JAX and Optax that are supported (P
 test-newest: ## test-package with the newest ones, whatever is pinned
 	$(AGAIN) test-package VENV=.venv-newest CONSTRAINTS=/dev/null
 test-slow: $(VENV)/.dev ## run the tests that are too slow for make test (an hour)
-	@$(BIN)/python -m pytest -q -n 2 -m slow
+	@$(BIN)/python -m pytest -q -n 2 -m "slow or program"
 	$(AGAIN) test-compiled COMPILERS=cuda13
-test-notebooks: $(VENV)/.test ## run all notebooks, and compare them with what they show
-	@$(BIN)/python -m pytest -q -m slow tests/test_notebook.py
+test-programs: $(VENV)/.test ## run notebooks, examples and a study as a whole
+	@$(BIN)/python -m pytest -q -n 2 -m program
 test-compiled: $(COMPILERS:%=.venv-%/.compiler) ## check the bytes that a step moves on a TPU and an H100
 	$(call compiling,-m pytest -q -n 2 tests/test_compiled.py $(TESTS))
 test-clients: ## run the optimizer in libraries that take Optax's, and record it (2 GB)

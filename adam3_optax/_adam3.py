@@ -1,7 +1,7 @@
 """AdaM3: the optimizers, the transformation over trees, and the step of one leaf.
 
-A gradient's way is from the top of this file to its end, then to `_rule.py`, and to
-`_formats.py`, which stores the moments.
+A gradient goes through this file from its top to its end, then through `_rule.py`, and
+through `_formats.py`, which stores the moments.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def adam3(
         b2: Decay of the second moment, in [0, 1).
         b3: Decay of the third moment, in [0, 1).
         lam: Weight of the skewness term: any finite number, or a schedule.
-        tau: Its threshold, in (0, inf], or a schedule.
+        tau: Threshold of the skewness term, in (0, inf], or a schedule.
         eps: Added to the denominator; in [0, inf).
         eps_root: Added under the root of the denominator; in [0, inf).
         third_moment: The form of the third moment, or None for Adam.
@@ -84,8 +84,8 @@ def adam3(
     Returns:
         A `GradientTransformationExtraArgs`. Updates have the gradients' dtype, whatever
         the learning rate's is: all is computed in float32 or wider, and rounded once.
-        When an update is added to a bfloat16 parameter, one below 1/512 of it is lost,
-        and one below 1/256 may be; `bfloat16_parameters` keeps them.
+        An update below 1/512 of its bfloat16 parameter is lost when it is added. Below
+        1/256 it may be lost. `bfloat16_parameters` keeps such updates.
 
     Example:
         On the first step every element moves by the learning rate, nearly as with
@@ -137,7 +137,7 @@ def adam3w(
         b2: Decay of the second moment, in [0, 1).
         b3: Decay of the third moment, in [0, 1).
         lam: Weight of the skewness term: any finite number, or a schedule.
-        tau: Its threshold, in (0, inf], or a schedule.
+        tau: Threshold of the skewness term, in (0, inf], or a schedule.
         eps: Added to the denominator; in [0, inf).
         eps_root: Added under the root of the denominator; in [0, inf).
         weight_decay: Any finite number, a scalar array, or a schedule.
@@ -296,7 +296,7 @@ def scale_by_adam3(
 
     In the first two forms b_t has units of g³ or g^(3/2), so rescaling the loss changes
     the method. Where |g| is below about 1e-3, the cubic form is Adam to rounding in
-    most elements. With both keep b3 <= sqrt(b2): `BlowUpWarning` says why.
+    most elements. With both forms keep b3 <= sqrt(b2): `BlowUpWarning` says why.
 
     This is not the AdaM³ of Wang et al. (arXiv 2106.11514), which has no third moment.
     There is no `nesterov`: the rule defines no look-ahead for its skewness term.
@@ -317,8 +317,8 @@ def scale_by_adam3(
         third_moment: The form, as above, or None.
         m_dtype: How m is stored between steps: None (float32, or float64 for float64
             parameters), `"float32"`, `"bfloat16"` or `"float8"`, or the dtype of that
-            name. With `optax.inject_hyperparams` use a string, for it takes a dtype for
-            a schedule. Not float16, in which (g - m)³ is 0 from |g| = 1e-3 down.
+            name. With `optax.inject_hyperparams` use a string, because it would call a
+            dtype as a schedule. float16 is refused: (g - m)³ underflows in it.
             Arithmetic stays in float32, and the update is made from the moments as they
             are stored. See `docs/low_precision.md`.
         v_dtype: How v is stored: likewise. `"float8"` makes steps 3 to 8% longer, and
@@ -414,7 +414,7 @@ def scale_by_adam3(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-_FROM_ADAM = "adam3_optax.from_adam_state makes one of that of optax.adam or adamw."
+_FROM_ADAM = "adam3_optax.from_adam_state converts a state of optax.adam or adamw."
 
 
 # Jitted, and with everything but arrays as static arguments. So it is traced once for
@@ -514,8 +514,8 @@ def _check_state(state: Any, formats: Moments[Format]) -> None:
     for name, field, f in zip(_formats.NAMES, state.moments, formats, strict=True):
         if not _formats.fits(f, field):
             raise ValueError(
-                f"the state's {name} is not stored as {name}_dtype says. For other "
-                f"settings, or third_moment=None, use convert_state. {_trees.CAST}"
+                f"the state's {name} is not stored as {name}_dtype says. To change a "
+                f"dtype or third_moment, use convert_state. {_trees.CAST}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Parameters in bfloat16, with what their rounding leaves kept as state.
+"""Parameters in bfloat16. The remainders of their rounding are kept as state.
 
 The wrapper first, then the way into bfloat16 parameters and back.
 """
@@ -15,14 +15,14 @@ from jax.tree_util import keystr
 
 from adam3_optax import _boxes, _remainder, _rounding, _trees
 
-_REMEDY = "init(params)._replace(inner_state=state) makes one of the state of inner."
+_REMEDY = "To wrap a state of inner: init(params)._replace(inner_state=state)."
 
 
 class BFloat16ParametersState(NamedTuple):
     """The state of `bfloat16_parameters`.
 
     Attributes:
-        inner_state: That of the wrapped optimizer.
+        inner_state: The state of the wrapped optimizer.
         remainder: A tree like the parameters, of int16 or int8. It has their shapes;
             for a leaf that is not bfloat16 there is one 0. If no remainders are kept,
             there is one boolean for each leaf.
@@ -69,8 +69,8 @@ def bfloat16_parameters(
 
     **Changes from outside.** Parameters may be replaced between steps: by an average, a
     checkpoint, zeros. Then the old remainder is added to the new parameter: half a unit
-    in its last place at most. If that is too much, give them to
-    `to_bfloat16_parameters`, in float32. The remainder of inf or NaN is ignored.
+    in its last place at most. If that is too much, pass the new parameters in float32
+    to `to_bfloat16_parameters`. The remainder of inf or NaN is ignored.
 
     **Derivatives** through a step are those without rounding.
 
@@ -152,8 +152,8 @@ def bfloat16_parameters(
             made_with = kept[i].dtype.name.replace("bool", "None")
             if made_with != str(remainder):
                 raise ValueError(
-                    f"the state of params{keystr(path)} has remainder {made_with}, and "
-                    f"the optimizer {remainder}. To change it, use "
+                    f"the state of params{keystr(path)} has remainder {made_with}, but "
+                    f"the optimizer has {remainder}. To change the remainder, use "
                     f"to_float32_parameters, then to_bfloat16_parameters. {_trees.CAST}"
                 )
             _check_fits(path, param, kept[i])
@@ -197,8 +197,8 @@ def to_bfloat16_parameters(
         The parameters, and the state, which now holds their remainders.
 
     Raises:
-        ValueError: No state of `bfloat16_parameters`; one of parameters of other
-            shapes, or stacked by `jax.vmap`; a mask that does not fit.
+        ValueError: No state of `bfloat16_parameters`; a state of parameters of other
+            shapes; a state stacked by `jax.vmap`; a mask that does not fit.
         TypeError: A mask with a leaf that is no boolean.
 
     Example:

@@ -28,7 +28,7 @@ class BFloat16State(NamedTuple):
     """The state of `bfloat16_state`.
 
     Attributes:
-        inner_state: That of the wrapped optimizer, with its averages in bfloat16.
+        inner_state: The state of the wrapped optimizer, with averages in bfloat16.
         steps: How many were taken: int32, of shape (). Stays at its maximum.
     """
 
@@ -48,9 +48,9 @@ def bfloat16_state(
     Args:
         inner: Any optimizer of Optax's kind but `adam3w`, which has its own `m_dtype`.
         where: `where(path, array)` says whether an array of the inner state is an
-            average, by its path and shape. It is asked of float32 and bfloat16 with an
-            axis. By default: arrays that stand for a parameter, in a field that
-            `docs/low_precision.md` lists.
+            average. It is called for arrays of float32 and bfloat16 that have an axis,
+            and may use their shapes. By default an average is what stands for a
+            parameter, in a field that `docs/low_precision.md` lists.
 
     Returns:
         A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates and their
@@ -75,7 +75,7 @@ def bfloat16_state(
         if all(stays) and any(map(_is_wide, jax.tree.leaves(params))):
             raise ValueError(
                 "inner's state has no averages for bfloat16. Choose leaves by `where`; "
-                "use adam3w's m_dtype; put bfloat16_state inside flatten and lookahead"
+                "for adam3w use m_dtype; put this inside of optax.flatten and lookahead"
             )
         return BFloat16State(new, jnp.zeros((), jnp.int32))
 

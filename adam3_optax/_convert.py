@@ -38,7 +38,7 @@ def from_adam_state(
 
     At a large count s = 0 is no estimate yet, and its bias correction 1 - b3ᵗ is near
     1. So k steps after the switch ŝ is 1 - b3ᵏ of what it will be: the skewness term
-    fades in over the next 1/(1-b3) steps. That is a warm-up of it; nothing corrects it.
+    fades in over the next 1/(1-b3) steps. This acts as a warm-up of the term.
 
     Args:
         state: An optimizer state.

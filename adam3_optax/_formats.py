@@ -115,8 +115,8 @@ class Float8(Format):
 
     Attributes:
         power: Of sigma, in the unit: 1 for m; 3 for s, or 3/2 if s averages |d|^(3/2).
-        exponent: x·2^exponent/sigma^power is what is rounded. 2 for m, so that it ends
-            at 112 sigma.
+        exponent: x·2^exponent/sigma^power is the number that is rounded. The exponent
+            is 2 for m, so that m ends at 112 sigma.
     """
 
     power: float

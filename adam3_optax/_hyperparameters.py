@@ -49,7 +49,7 @@ _FINITE = "finite (in float32)", -_MAXIMUM, _MAXIMUM
 _RANGES = dict.fromkeys(["b1", "b2", "b3"], _DECAY)
 _RANGES |= dict.fromkeys(["eps", "eps_root"], _EPSILON)
 _RANGES |= dict.fromkeys(["lam", "learning_rate", "weight_decay"], _FINITE)
-_RANGES["tau"] = "in (0, inf] (to end the term, take lam to 0)", math.ulp(0.0), math.inf
+_RANGES["tau"] = "in (0, inf] (for no skewness term: lam=0)", math.ulp(0.0), math.inf
 _EXACT = "b1", "b2", "b3", "eps", "eps_root"  # in half precision 0.999 becomes 1
 
 

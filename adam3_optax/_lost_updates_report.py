@@ -18,10 +18,10 @@ from adam3_optax._trees import leaves_like
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LostUpdates:
-    """Of one leaf, or of all, over the elements that count.
+    """The lost updates of one leaf, or of all leaves.
 
-    These are finite parameters whose update is not 0. Scalars of shape () and type
-    float32; NaN where nothing counts.
+    Only finite parameters whose update is not 0 count. The fields are scalars of shape
+    () and type float32. They are NaN where nothing counts.
 
     Attributes:
         lost: Share of updates that round away: the parameter stays what it is.
@@ -66,9 +66,9 @@ def lost_updates_report(
     """Measures how many updates round away when they are added to the parameters.
 
     A bfloat16 parameter does not change if its update is below 1/512 of it. Of every
-    other update at least half arrives, because sums are rounded to nearest. This asks
-    the parameters before a step, and the updates that `optax.apply_updates` would add
-    to them, of any optimizer. It is pure and runs under jit.
+    other update at least half arrives, because sums are rounded to nearest. Pass the
+    parameters before a step, and the updates of any optimizer, before
+    `optax.apply_updates` adds them. The function is pure and runs under jit.
 
     `bfloat16_parameters` emits updates that arrive. To learn what it saves, give it the
     updates of its inner optimizer, or the difference of `to_float32_parameters` before

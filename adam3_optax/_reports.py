@@ -91,7 +91,7 @@ class Report:
 
 
 def percent(share: Any) -> str:
-    """Returns a share in per cent; 0% and 100% are said of none and of all alone."""
+    """Returns a share in per cent: 0% only if it is 0, and 100% only if it is 1."""
     x = float(share)
     if x in (0, 1):
         return f"{x:.0%}"

@@ -72,8 +72,8 @@ def _mixed(x: Array) -> Array:
 def for_moments(bits: Array) -> Moments[Array]:
     """Returns random bits for each moment, from one draw.
 
-    If it is multiplied by odd numbers, the upper bits, which rounding uses, have
-    nothing to do with each other.
+    The draw is multiplied by odd numbers. So the upper bits of the results, which
+    rounding uses, have nothing to do with each other.
     """
     return Moments(bits, bits * _GOLDEN, bits * jnp.uint32(0x85EBCA77))
 

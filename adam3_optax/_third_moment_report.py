@@ -26,7 +26,7 @@ _LAST = 2**31 - 1  # the largest bit pattern of a float32 that is not negative
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Of one leaf, or of all, over the elements that have had a gradient.
+    """Statistics of one leaf, or of all, over the elements that have had a gradient.
 
     Scalars of shape () and type float32; NaN where no element has had a gradient.
 
@@ -57,8 +57,8 @@ class Statistics:
 class ThirdMomentReport(Report):
     """What `third_moment_report` found.
 
-    Where the state holds several states of AdaM3, a leaf's name comes after the path of
-    its own.
+    If the state holds several states of AdaM3, a leaf's name begins with the path of
+    the one that it belongs to.
 
     Attributes:
         lam: The largest |lam| of these states at the step: 0 is Adam.
@@ -145,9 +145,9 @@ def third_moment_report(
 
     A state does not know its hyperparameters, and with wrong ones these numbers would
     be wrong. So give all of them, as to the optimizer. What is not given is taken
-    from a state of `optax.inject_hyperparams` that holds a number of that name. They
-    hold for every AdaM3 in the state. If several differ, pass their states one by one.
-    If a state is stacked over the members of an ensemble, pass one member's.
+    from a state of `optax.inject_hyperparams` that holds a number of that name. What is
+    given is taken for every AdaM3 in the state. If theirs differ, pass these states one
+    by one. If a state is stacked over an ensemble, pass the state of one member.
 
     Args:
         state: An optimizer's state, with AdaM3's anywhere in it (in chains, masks,

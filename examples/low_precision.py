@@ -1,7 +1,7 @@
 """AdaM3's state in 12, 8, 6 and 4 bytes a parameter: bytes and losses side by side.
 
-A small network learns a function with each way to rest, from the same initialisation
-and on the same batches, in plain JAX.
+A small network learns a function with each storage setting, in plain JAX. All settings
+have the same initialisation and the same batches.
 """
 
 from typing import Any

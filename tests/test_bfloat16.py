@@ -355,7 +355,7 @@ def test_derivatives_are_those_without_rounding(remainder: Any) -> None:
 def test_a_state_of_another_setting_is_refused(made: Any, used: Any) -> None:
     params = {"w": jnp.ones((2, 2), BF16)}
     state = bfloat16_parameters(SGD, made).init(params)
-    said = rf"params\['w'\] has remainder {made}, and the optimizer {used}\. To change"
+    said = rf"params\['w'\] has remainder {made}, but the optimizer has {used}\. To"
     with pytest.raises(ValueError, match=said):
         bfloat16_parameters(SGD, used).update(params, state, params)
 
@@ -383,7 +383,13 @@ def test_errors_name_what_was_wrong() -> None:
         (r"inner must be an optimizer like optax\.sgd", make, optax.sgd),
         (r"\['w'\] is float16", optimizer.init, half),
         ("needs params", update, params, state),
-        (r"BFloat16ParametersState, .* of inner\.", update, params, (), params),
+        (
+            r"BFloat16ParametersState, .*wrap a state of inner: ",
+            update,
+            params,
+            (),
+            params,
+        ),
         (several, update, params, stacked, params),
         (several, into, {"w": jnp.ones((3, 2, 2))}, stacked),
         ("updates must be a tree like params", update, other, state, params),

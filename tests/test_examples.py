@@ -70,6 +70,7 @@ def rare_classes(printed: str) -> None:
     assert (first, second[11:-19]) == (CLOSING, found)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("check", [low_precision, bfloat16_parameters, rare_classes])
 def test_compares(check: Callable[[str], None], tmp_path: Path) -> None:
     check(run(tmp_path, f"{check.__name__}.py"))
@@ -83,6 +84,7 @@ LAST_LINES = {  # with bounds of a number in them
 }
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("example", LAST_LINES)
 def test_ends_with(example: str, tmp_path: Path) -> None:
     pattern, low, high = LAST_LINES[example]
@@ -91,6 +93,7 @@ def test_ends_with(example: str, tmp_path: Path) -> None:
     assert low <= float(found[1].replace(",", "")) <= high
 
 
+@pytest.mark.program
 def test_char_lm_learns_and_reports(tmp_path: Path) -> None:
     printed = run(tmp_path, "char_lm.py", "--steps", "20")
     ours, theirs = rows = ROW.findall(printed)
@@ -108,7 +111,7 @@ def test_char_lm_learns_and_reports(tmp_path: Path) -> None:
     assert imread(tmp_path / "out" / "char_lm.png").std() > 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_ctrl_c_reports_what_is_done(tmp_path: Path) -> None:
     with started(tmp_path, "char_lm.py", "--steps", "1000000") as process:
         assert process.stdout

@@ -70,29 +70,18 @@ def restored(folder: Path) -> Any:
         return orbax.restore(folder / "default", restore_args=each)
 
 
-def killed(folder: Path) -> str:
-    """Kills a worker, and starts again; returns the last step."""
-    assert harm(folder, 1, signal.SIGKILL, *SMALL) == 1
-    last = max(int(x.name) for x in folder.iterdir() if x.name.isdigit())
-    end = str(last + 3)
-    first, *steps = run(folder, *SMALL, "--steps", end)
-    assert first == f"From step {last}: 2 processes, 2 devices"
-    assert steps[-1].split()[1] == end
-    return end
-
-
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    killed(tmp_path)
-
-
-@pytest.mark.slow
+@pytest.mark.program
 def test_a_killed_run_ends_as_one_never_killed(tmp_path: Path) -> None:
-    end = killed(tmp_path / "killed")
-    whole = tmp_path / "whole"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert harm(killed, 1, signal.SIGKILL, *SMALL) == 1
+    last = max(int(x.name) for x in killed.iterdir() if x.name.isdigit())
+    end = str(last + 3)
+    first, *_ = run(killed, *SMALL, "--steps", end)
+    assert first == f"From step {last}: 2 processes, 2 devices"
     first, *steps = run(whole, *SMALL, "--steps", end)
     assert first == "From step 0: 2 processes, 2 devices"
     assert float(steps[-1].split()[-1]) < float(steps[0].split()[-1])
-    found, wanted = restored(tmp_path / "killed" / end), restored(whole / end)
+    found, wanted = restored(killed / end), restored(whole / end)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 

@@ -65,7 +65,7 @@ def value_and_unit(number: str) -> tuple[float, float]:
     return float(f"{digits}e{power or 0}"), float(f"1e{int(power or 0) - decimals}")
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.parametrize("name", PATHS)
 def test_runs_from_a_clean_kernel(name: str, tmp_path: Path) -> None:
     notebook = read(name)

@@ -255,6 +255,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return script
 
 
+@pytest.mark.program
 def test_a_resumed_run_equals_an_uninterrupted_one(
     compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
