@@ -21,7 +21,7 @@ BYTES = {
     "bfloat16 + int16, m and v bfloat16": (4, 4),
     "bfloat16 + int16, m float8, v bfloat16": (4, 3),
     "bfloat16 + int8, m and v float8": (3, 2),
-    "bfloat16, m and v float8": (2, 2),
+    "bfloat16 rounded, m and v float8": (2, 2),
 }
 
 
