@@ -240,7 +240,8 @@ make: Any = adam3w
 )
 def test_out_of_range(name: str, values: list[float], allowed: str) -> None:
     message = f"^{re.escape(f'{name} must be {allowed}')}.*, got "
-    for kind, value in itertools.product((float, np.float64, np.array, F32), values):
+    kinds: Any = float, np.float64, np.array, F32
+    for kind, value in itertools.product(kinds, values):
         with np.errstate(over="ignore"):
             x = kind(value)
         with pytest.raises(ValueError, match=message) as caught:
