@@ -105,7 +105,7 @@ def adam3(
     rule = functools.partial(scale_by_adam3, b1, b2, b3=b3, lam=lam, tau=tau, eps=eps)
     rule = functools.partial(rule, eps_root=eps_root, third_moment=third_moment)
     scale = rule(m_dtype=m_dtype, v_dtype=v_dtype, s_dtype=s_dtype)
-    return _in_float32(scale, _scale_by_rate(learning_rate))
+    return in_float32(optax.chain(scale, _scale_by_rate(learning_rate)))
 
 
 @hp.named
@@ -184,7 +184,7 @@ def adam3w(
     rule = functools.partial(rule, eps_root=eps_root, third_moment=third_moment)
     scale = rule(m_dtype=m_dtype, v_dtype=v_dtype, s_dtype=s_dtype)
     decay = _add_decayed_weights(weight_decay, mask)
-    return _in_float32(scale, decay, _scale_by_rate(learning_rate))
+    return in_float32(optax.chain(scale, decay, _scale_by_rate(learning_rate)))
 
 
 def _add_decayed_weights(weight_decay: optax.ScalarOrSchedule, mask: Any) -> Any:
@@ -242,21 +242,16 @@ def _scale_by_rate(learning_rate: optax.ScalarOrSchedule) -> Any:
     return optax.stateless(scale)
 
 
-def _in_float32(*parts: Any) -> optax.GradientTransformationExtraArgs:
-    """Chains parts in float32 or wider; casts the result to the gradients' dtype."""
-    chain = optax.chain(*parts)
-
-    def widen(g: Any) -> Any:
-        real = jnp.issubdtype(jnp.result_type(g), jnp.floating)
-        return jnp.asarray(g).astype(_formats.computed_in(g)) if real else g
+def in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Updates in float32 or wider; casts the result to the gradients' dtype."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        us = jax.tree.map(widen, updates)
-        us, state = chain.update(us, state, params, **extra_args)
+        us = jax.tree.map(_formats.widened, updates)
+        us, state = inner.update(us, state, params, **extra_args)
         us = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), us, updates)
         return us, state
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 @hp.named

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr
+from optax import ScaleByRStdDevState
 
-from adam3_optax import _remainder, _rounding, _trees, _xla
-from adam3_optax._adam3 import ScaleByAdam3State
+from adam3_optax import _formats, _remainder, _rounding, _trees, _xla
+from adam3_optax._adam3 import ScaleByAdam3State, in_float32
+from adam3_optax._bfloat16 import BFloat16ParametersState
 
 # Fields of states that hold averages or sums of gradients, or of powers of them.
 _AVERAGES = re.compile(
-    "mu|nu|nu_max|trace|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|"
+    "mu|nu|nu_max|trace|ema|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|"
     "grad_sum_sq|sum_of_squares|v_row|v_col"
 )
-_TYPES = jnp.float32, jnp.bfloat16
 
 
 class BFloat16State(NamedTuple):
@@ -36,6 +35,10 @@ class BFloat16State(NamedTuple):
     steps: jax.Array
 
 
+# Of the last one, the difference of averages is used. Rounded, it may be negative.
+_LEFT = BFloat16State, ScaleByAdam3State, BFloat16ParametersState, ScaleByRStdDevState
+
+
 def bfloat16_state(
     inner: optax.GradientTransformation,
     where: Callable[[Any, Any], bool] | None = None,
@@ -43,21 +46,20 @@ def bfloat16_state(
     """Stores the averages of any optimizer in bfloat16, right on average.
 
     Rounded to nearest, as by `mu_dtype`, an average of decay 0.997 or more freezes. So
-    it is rounded stochastically, and `inner` computes in float32.
+    it is rounded stochastically. `inner` computes in float32, whatever it is given.
 
     Args:
         inner: Any optimizer of Optax's kind but `adam3w`, which has its own `m_dtype`.
-        where: `where(path, array)` says whether an array of the inner state is an
-            average. It is called for arrays of float32 and bfloat16 that have an axis,
-            and may use their shapes. By default an average is what stands for a
-            parameter, in a field that `docs/low_precision.md` lists.
+        where: `where(path, array)` says whether an array of the inner state, of float32
+            and with an axis, is an average; it may use the shape. By default it is what
+            stands for a parameter, in a field that `docs/low_precision.md` lists.
 
     Returns:
-        A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates and their
-        derivatives are those of `inner`, from averages that were rounded.
+        A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates have the
+        gradients' dtype; with their derivatives they are those of `inner`.
 
     Raises:
-        ValueError: At init, a state without averages; at update, averages of float32.
+        ValueError: At init, no averages, or `bfloat16_parameters` inside.
         TypeError: `inner` is no optimizer; at update, a state of another kind.
 
     Example:
@@ -66,55 +68,53 @@ def bfloat16_state(
         >>> optax.tree.get(state, "mu").dtype.name
         'bfloat16'
     """
-    inner = _trees.optimizer(inner)
+    inner = in_float32(_trees.optimizer(inner))
 
     def init(params: optax.Params) -> BFloat16State:
-        state = inner.init(params)
-        new = _averages(state, params, where, lambda path, x: x.astype(jnp.bfloat16))
-        stays = map(operator.is_, jax.tree.leaves(state), jax.tree.leaves(new))
-        if all(stays) and any(map(_is_wide, jax.tree.leaves(params))):
+        state = inner.init(jax.tree.map(_formats.widened, params))
+        paths = _averages(state, params, where)
+        if not paths and any(map(np.ndim, jax.tree.leaves(params))):
             raise ValueError(
-                "inner's state has no averages for bfloat16. Choose leaves by `where`; "
-                "for adam3w use m_dtype; put this inside of optax.flatten and lookahead"
+                "inner's state has no averages of float32. Choose leaves by `where`; "
+                "for adam3w use m_dtype; wrap once, inside of flatten and lookahead"
             )
+        new = _mapped(lambda _, x: x.astype(jnp.bfloat16), state, paths)
         return BFloat16State(new, jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         _trees.check_state(state, BFloat16State, "docs/low_precision.md has the way in")
         steps = optax.safe_increment(state.steps)
-        params_like = updates if params is None else params
+        like = updates if params is None else params
+        paths = _averages(state.inner_state, like, where)
 
-        def widened(path: Any, x: Any) -> Any:
-            if _is_wide(x):
-                raise ValueError(f"inner_state{keystr(path)} is float32. {_trees.CAST}")
-            return x.astype(jnp.float32)
-
-        def rounded(path: Any, x: Any) -> Any:
+        def stored(path: Any, x: Any) -> Any:
             key = _rounding.leaf_key(path, "state")
-            return _remainder.split(x, None, steps, key)[0] if _is_wide(x) else x
+            return _remainder.split(x.astype(jnp.float32), None, steps, key)[0]
 
-        old = _averages(state.inner_state, params_like, where, widened)
+        old = _mapped(lambda _, x: x.astype(jnp.float32), state.inner_state, paths)
+        params = jax.tree.map(_formats.widened, params)
         us, new = inner.update(updates, old, params, **extra_args)
-        new = _averages(new, params_like, where, rounded)
+        new = _mapped(stored, new, paths)
         us = jax.lax.platform_dependent(us, new, tpu=_xla.after, default=lambda u, _: u)
         return us, BFloat16State(new, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _averages(state: Any, params: Any, where: Any, f: Any) -> Any:
-    """Returns a state with f(path, x) in place of each average x."""
+def _averages(state: Any, params: Any, where: Any) -> set[Any]:
+    """Returns the paths of a state's averages."""
     places = {path for path, _ in jax.tree.leaves_with_path(params)}
-    own = BFloat16State, ScaleByAdam3State  # have formats of their own
 
-    def replaced(path: Any, x: Any) -> Any:
-        can = not isinstance(x, own) and np.ndim(x) and jnp.result_type(x) in _TYPES
+    def is_average(path: Any, x: Any) -> Any:
+        if isinstance(x, BFloat16ParametersState):
+            raise ValueError("put bfloat16_parameters around bfloat16_state")
+        can = getattr(x, "ndim", 0) and x.dtype in (jnp.float32, jnp.bfloat16)
         field, _ = _trees.place(path, places)
-        pick = where or (lambda path, x: _AVERAGES.fullmatch(field))
-        return f(path, x) if can and pick(path, x) else x
+        return can and (where(path, x) if where else _AVERAGES.fullmatch(field))
 
-    return jax.tree.map_with_path(replaced, state, is_leaf=lambda x: isinstance(x, own))
+    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, _LEFT))
+    return {path for path, x in leaves if is_average(path, x)}
 
 
-def _is_wide(x: Any) -> bool:
-    return bool(np.ndim(x)) and jnp.result_type(x) == jnp.float32
+def _mapped(f: Any, tree: Any, paths: set[Any]) -> Any:
+    return jax.tree.map_with_path(lambda p, x: f(p, x) if p in paths else x, tree)

@@ -273,6 +273,13 @@ def computed_in(*arrays: jax.typing.ArrayLike) -> np.dtype[Any]:
     return np.dtype(np.float64 if wide else np.float32)
 
 
+def widened(x: Any) -> Any:
+    """Returns what is floating in float32, or in float64 if it is that; else x."""
+    dtype = getattr(x, "dtype", np.dtype(type(x)))
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.asarray(x).astype(computed_in(x)) if floating else x
+
+
 def narrowed(x: Array, dtype: jax.typing.DTypeLike) -> Array:
     """Returns a moment in a dtype; what is finite stays finite in a narrower one."""
     if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
