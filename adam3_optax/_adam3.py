@@ -243,13 +243,19 @@ def _scale_by_rate(learning_rate: optax.ScalarOrSchedule) -> Any:
 
 
 def in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """Updates in float32 or wider; casts the result to the gradients' dtype."""
+    """Returns an optimizer that computes in float32 or wider.
+
+    Its updates have the gradients' dtype, if that is not an integer's.
+    """
+
+    def as_given(u: Any, g: Any) -> Any:
+        dtype = jnp.result_type(g)
+        return u.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else u
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         us = jax.tree.map(_formats.widened, updates)
         us, state = inner.update(us, state, params, **extra_args)
-        us = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), us, updates)
-        return us, state
+        return jax.tree.map(as_given, us, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

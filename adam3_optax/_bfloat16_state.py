@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from optax import ScaleByRStdDevState
 
 from adam3_optax import _formats, _remainder, _rounding, _trees, _xla
 from adam3_optax._adam3 import ScaleByAdam3State, in_float32
 from adam3_optax._bfloat16 import BFloat16ParametersState
 
-# Fields of states that hold averages or sums of gradients, or of powers of them.
+# Fields of states that may be rounded: averages, sums and maxima.
 _AVERAGES = re.compile(
     "mu|nu|nu_max|trace|ema|m|v|s|n|m1|m2|e_g|e_x|exp_avg|exp_avg_sq|"
     "grad_sum_sq|sum_of_squares|v_row|v_col"
@@ -35,31 +33,28 @@ class BFloat16State(NamedTuple):
     steps: jax.Array
 
 
-# Of the last one, the difference of averages is used. Rounded, it may be negative.
-_LEFT = BFloat16State, ScaleByAdam3State, BFloat16ParametersState, ScaleByRStdDevState
-
-
 def bfloat16_state(
     inner: optax.GradientTransformation,
     where: Callable[[Any, Any], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stores the averages of any optimizer in bfloat16, right on average.
+    """Stores the averages of any optimizer in bfloat16.
 
     Rounded to nearest, as by `mu_dtype`, an average of decay 0.997 or more freezes. So
-    it is rounded stochastically. `inner` computes in float32, whatever it is given.
+    it is rounded stochastically. `inner` computes in float32 or wider in any case.
 
     Args:
-        inner: Any optimizer of Optax's kind but `adam3w`, which has its own `m_dtype`.
-        where: `where(path, array)` says whether an array of the inner state, of float32
-            and with an axis, is an average; it may use the shape. By default it is what
-            stands for a parameter, in a field that `docs/low_precision.md` lists.
+        inner: Any optimizer of Optax's kind that has averages.
+        where: `where(path, leaf)` says whether a leaf of the inner state, of float32
+            and with an axis, is an average; it gets `ShapeDtypeStruct`s. By default it
+            is what stands for a parameter, in a field that `docs/low_precision.md` has.
 
     Returns:
-        A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates have the
-        gradients' dtype; with their derivatives they are those of `inner`.
+        A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates are made
+        from rounded averages. Derivatives ignore that. They have the gradients' dtype.
 
     Raises:
-        ValueError: At init, no averages, or `bfloat16_parameters` inside.
+        ValueError: At init, no averages, or `bfloat16_parameters` inside; at update, a
+            state that was cast, or is of several optimizers.
         TypeError: `inner` is no optimizer; at update, a state of another kind.
 
     Example:
@@ -71,12 +66,13 @@ def bfloat16_state(
     inner = in_float32(_trees.optimizer(inner))
 
     def init(params: optax.Params) -> BFloat16State:
-        state = inner.init(jax.tree.map(_formats.widened, params))
-        paths = _averages(state, params, where)
-        if not paths and any(map(np.ndim, jax.tree.leaves(params))):
+        params = jax.tree.map(_formats.widened, params)
+        state = inner.init(params)
+        paths = _chosen(state, params, where)
+        if not paths and _chosen(params, params, lambda path, x: True):
             raise ValueError(
-                "inner's state has no averages of float32. Choose leaves by `where`; "
-                "for adam3w use m_dtype; wrap once, inside of flatten and lookahead"
+                "inner has no averages that may be bfloat16. Choose leaves by `where`; "
+                "for adam3w use m_dtype; put this inside of optax.flatten and lookahead"
             )
         new = _mapped(lambda _, x: x.astype(jnp.bfloat16), state, paths)
         return BFloat16State(new, jnp.zeros((), jnp.int32))
@@ -84,36 +80,40 @@ def bfloat16_state(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         _trees.check_state(state, BFloat16State, "docs/low_precision.md has the way in")
         steps = optax.safe_increment(state.steps)
-        like = updates if params is None else params
-        paths = _averages(state.inner_state, like, where)
+        paths = _chosen(state.inner_state, updates, where)
 
-        def stored(path: Any, x: Any) -> Any:
+        def rounded(path: Any, x: Any) -> Any:
             key = _rounding.leaf_key(path, "state")
             return _remainder.split(x.astype(jnp.float32), None, steps, key)[0]
 
         old = _mapped(lambda _, x: x.astype(jnp.float32), state.inner_state, paths)
         params = jax.tree.map(_formats.widened, params)
         us, new = inner.update(updates, old, params, **extra_args)
-        new = _mapped(stored, new, paths)
+        new = _mapped(rounded, new, paths)
         us = jax.lax.platform_dependent(us, new, tpu=_xla.after, default=lambda u, _: u)
         return us, BFloat16State(new, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _averages(state: Any, params: Any, where: Any) -> set[Any]:
-    """Returns the paths of a state's averages."""
-    places = {path for path, _ in jax.tree.leaves_with_path(params)}
-
-    def is_average(path: Any, x: Any) -> Any:
+def _chosen(state: Any, params: Any, where: Any) -> set[Any]:
+    """Returns the paths of the leaves that become bfloat16."""
+    places, found = {path for path, _ in jax.tree.leaves_with_path(params)}, set()
+    for path, x in jax.tree.leaves_with_path(state, is_leaf=_is_kept):
         if isinstance(x, BFloat16ParametersState):
             raise ValueError("put bfloat16_parameters around bfloat16_state")
-        can = getattr(x, "ndim", 0) and x.dtype in (jnp.float32, jnp.bfloat16)
-        field, _ = _trees.place(path, places)
-        return can and (where(path, x) if where else _AVERAGES.fullmatch(field))
+        if getattr(x, "ndim", 0) and x.dtype in (jnp.float32, jnp.bfloat16):
+            field, _ = _trees.place(path, places)
+            leaf = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            if where(path, leaf) if where else _AVERAGES.fullmatch(field):
+                found.add(path)
+    return found
 
-    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, _LEFT))
-    return {path for path, x in leaves if is_average(path, x)}
+
+def _is_kept(x: Any) -> bool:
+    # The last are standard deviations, from a difference that rounding makes negative.
+    own = isinstance(x, BFloat16State | BFloat16ParametersState | ScaleByAdam3State)
+    return own or type(x).__name__.startswith("ScaleByRStdDev")
 
 
 def _mapped(f: Any, tree: Any, paths: set[Any]) -> Any:

@@ -274,7 +274,7 @@ def computed_in(*arrays: jax.typing.ArrayLike) -> np.dtype[Any]:
 
 
 def widened(x: Any) -> Any:
-    """Returns what is floating in float32, or in float64 if it is that; else x."""
+    """Returns a floating array in float32, or in float64 if it is float64; else x."""
     dtype = getattr(x, "dtype", np.dtype(type(x)))
     floating = jnp.issubdtype(dtype, jnp.floating)
     return jnp.asarray(x).astype(computed_in(x)) if floating else x

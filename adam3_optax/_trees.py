@@ -1,6 +1,5 @@
 """The trees that users pass: checks of them, and states inside of states."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import PyTreeDef, SequenceKey
+from jax.tree_util import PyTreeDef
 
 CAST = "If it was cast, by a loader or optax.tree.cast, restore it in its dtypes."
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -120,10 +119,10 @@ def replaced(state: optax.OptState, kind: type, convert: Callable[[Any], Any]) -
 def place(path: Any, places: Any) -> tuple[str, Any]:
     """Returns a leaf's field in the inner state, and the path of its parameter.
 
-    A leaf's path ends in its parameter's, or in lists of arrays in the place of one.
+    That is the end of its own path.
     """
-    for i, j in itertools.combinations_with_replacement(range(len(path) + 1), 2):
-        if path[i:j] in places and all(isinstance(k, SequenceKey) for k in path[j:]):
+    for i in range(len(path) + 1):
+        if path[i:] in places:
             names = [key.name for key in path[:i] if hasattr(key, "name")]
-            return names[-1] if names else "", path[i:j]
+            return names[-1] if names else "", path[i:]
     return "", None
