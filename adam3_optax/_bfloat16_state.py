@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam3_optax import _formats, _remainder, _rounding, _trees, _xla
-from adam3_optax._adam3 import ScaleByAdam3State, in_float32
-from adam3_optax._bfloat16 import BFloat16ParametersState
+from adam3_optax import _adam3, _bfloat16, _formats, _remainder, _rounding, _trees, _xla
 
 # Fields of states that may be rounded: averages, sums and maxima.
 _AVERAGES = re.compile(
@@ -44,18 +42,18 @@ def bfloat16_state(
 
     Args:
         inner: Any optimizer of Optax's kind that has averages.
-        where: `where(path, leaf)` says whether a leaf of the inner state, of float32
-            and with an axis, is an average; it gets `ShapeDtypeStruct`s. By default it
-            is what stands for a parameter, in a field that `docs/low_precision.md` has.
+        where: `where(path, leaf)` says whether a leaf of the inner state is an average.
+            It gets `ShapeDtypeStruct`s of float32 with an axis. By default averages are
+            the fields that `docs/low_precision.md` lists, where they have a parameter.
 
     Returns:
-        A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates are made
-        from rounded averages. Derivatives ignore that. They have the gradients' dtype.
+        A `GradientTransformationExtraArgs` with a `BFloat16State`. Updates have the
+        gradients' dtype, and come from rounded averages. Derivatives ignore rounding.
 
     Raises:
         ValueError: At init, no averages, or `bfloat16_parameters` inside; at update, a
             state that was cast, or is of several optimizers.
-        TypeError: `inner` is no optimizer; at update, a state of another kind.
+        TypeError: `inner` is no optimizer, `where` no function; another kind of state.
 
     Example:
         >>> import adam3_optax, jax.numpy as jnp, optax
@@ -63,7 +61,9 @@ def bfloat16_state(
         >>> optax.tree.get(state, "mu").dtype.name
         'bfloat16'
     """
-    inner = in_float32(_trees.optimizer(inner))
+    inner = _adam3.in_float32(_trees.optimizer(inner))
+    if where and not callable(where):
+        raise TypeError(f"where must be a function of path and leaf: {where!r}")
 
     def init(params: optax.Params) -> BFloat16State:
         params = jax.tree.map(_formats.widened, params)
@@ -100,7 +100,7 @@ def _chosen(state: Any, params: Any, where: Any) -> set[Any]:
     """Returns the paths of the leaves that become bfloat16."""
     places, found = {path for path, _ in jax.tree.leaves_with_path(params)}, set()
     for path, x in jax.tree.leaves_with_path(state, is_leaf=_is_kept):
-        if isinstance(x, BFloat16ParametersState):
+        if isinstance(x, _bfloat16.BFloat16ParametersState):
             raise ValueError("put bfloat16_parameters around bfloat16_state")
         if getattr(x, "ndim", 0) and x.dtype in (jnp.float32, jnp.bfloat16):
             field, _ = _trees.place(path, places)
@@ -112,8 +112,8 @@ def _chosen(state: Any, params: Any, where: Any) -> set[Any]:
 
 def _is_kept(x: Any) -> bool:
     # The last are standard deviations, from a difference that rounding makes negative.
-    own = isinstance(x, BFloat16State | BFloat16ParametersState | ScaleByAdam3State)
-    return own or type(x).__name__.startswith("ScaleByRStdDev")
+    own = BFloat16State, _bfloat16.BFloat16ParametersState, _adam3.ScaleByAdam3State
+    return isinstance(x, own) or type(x).__name__.startswith("ScaleByRStdDev")
 
 
 def _mapped(f: Any, tree: Any, paths: set[Any]) -> Any:

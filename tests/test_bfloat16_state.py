@@ -629,6 +629,8 @@ def test_states_that_do_not_fit() -> None:
             optimizer.update(MATRICES, wrong, MATRICES)
     with pytest.raises(TypeError, match="inner must be an optimizer"):
         bfloat16_state(optax.adam)
+    with pytest.raises(TypeError, match="where must be a function of path and leaf"):
+        bfloat16_state(optax.adam(RATE), "mu")  # type: ignore[arg-type]
 
 
 # Accuracy.
