@@ -37,8 +37,8 @@ def bfloat16_state(
 ) -> optax.GradientTransformationExtraArgs:
     """Stores the averages of any optimizer in bfloat16.
 
-    Rounded to nearest, as by `mu_dtype`, an average of decay 0.997 or more freezes. So
-    it is rounded stochastically. `inner` computes in float32 or wider in any case.
+    Rounded to nearest, as by `mu_dtype`, slow averages stop short of their target. So
+    they are rounded stochastically. `inner` always computes in float32 or wider.
 
     Args:
         inner: Any optimizer of Optax's kind that has averages.
@@ -62,7 +62,7 @@ def bfloat16_state(
         'bfloat16'
     """
     inner = _adam3.in_float32(_trees.optimizer(inner))
-    if where and not callable(where):
+    if where is not None and not callable(where):
         raise TypeError(f"where must be a function of path and leaf: {where!r}")
 
     def init(params: optax.Params) -> BFloat16State:
@@ -71,8 +71,8 @@ def bfloat16_state(
         paths = _chosen(state, params, where)
         if not paths and _chosen(params, params, lambda path, x: True):
             raise ValueError(
-                "inner has no averages that may be bfloat16. Choose leaves by `where`; "
-                "for adam3w use m_dtype; put this inside of optax.flatten and lookahead"
+                "inner has no averages for bfloat16, unless `where` chooses some. For "
+                "adam3w use m_dtype. Put this inside of optax.flatten and lookahead."
             )
         new = _mapped(lambda _, x: x.astype(jnp.bfloat16), state, paths)
         return BFloat16State(new, jnp.zeros((), jnp.int32))
@@ -105,7 +105,7 @@ def _chosen(state: Any, params: Any, where: Any) -> set[Any]:
         if getattr(x, "ndim", 0) and x.dtype in (jnp.float32, jnp.bfloat16):
             field, _ = _trees.place(path, places)
             leaf = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-            if where(path, leaf) if where else _AVERAGES.fullmatch(field):
+            if where(path, leaf) if callable(where) else _AVERAGES.fullmatch(field):
                 found.add(path)
     return found
 

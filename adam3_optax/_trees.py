@@ -119,10 +119,9 @@ def replaced(state: optax.OptState, kind: type, convert: Callable[[Any], Any]) -
 def place(path: Any, places: Any) -> tuple[str, Any]:
     """Returns a leaf's field in the inner state, and the path of its parameter.
 
-    That is the end of its own path.
+    The path ends in both. A list of arrays for each parameter has no such place.
     """
-    for i in range(len(path) + 1):
-        if path[i:] in places:
-            names = [key.name for key in path[:i] if hasattr(key, "name")]
-            return names[-1] if names else "", path[i:]
+    for i in range(1, len(path) + 1):
+        if path[i:] in places and hasattr(path[i - 1], "name"):
+            return path[i - 1].name, path[i:]
     return "", None
