@@ -739,6 +739,13 @@ def test_the_losses_are_those_of_float32(name: str) -> None:
     assert [exact.mean(), difference] == pytest.approx(on_page, abs=0.01)
 
 
+@pytest.mark.slow
+def test_an_average_that_starts_at_0_would_be_of_another_optimizer() -> None:
+    inner = optax.scale_by_yogi(initial_accumulator_value=0.0)
+    found = losses(optax.chain(inner, optax.scale_by_learning_rate(RATE))).mean()
+    assert found == pytest.approx(0.153, abs=0.003)  # as `docs/low_precision.md` says
+
+
 def draw() -> None:
     """Draws the average that freezes, and prints the table."""
     import matplotlib.pyplot as plt
